@@ -1,0 +1,253 @@
+"""Data loading and ResNet backbones: all that the four method files share.
+
+A method file runs with this file beside it; whoever copies a method copies two files.
+Images stay uint8 (N, 3, H, W) until they are on the device, where a 32x32 set lives whole.
+"""
+
+import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision import datasets
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.transforms import functional as TF
+
+DATASETS = ("cifar10", "cifar100", "folder", "shapes")
+ARCHS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
+         "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3)),
+         "resnet152": (Bottleneck, (3, 8, 36, 3))}
+SHAPES = ("horizontal", "vertical", "diagonal", "checker", "grid", "rings", "spokes", "spiral",
+          "zigzag", "blobs")
+
+
+# ----------------------------------------------------------------------------- data
+class Dataset(NamedTuple):
+    """What `load_dataset` returns; the labels of a folder without classes are None."""
+
+    train_images: torch.Tensor         # (N, 3, H, W) uint8
+    train_labels: torch.Tensor | None  # (N,) int64
+    test_images: torch.Tensor          # (M, 3, H, W) uint8; M = 0 for a folder without splits
+    test_labels: torch.Tensor | None   # (M,) int64
+    classes: tuple                     # names, in the order of the labels
+    mean: torch.Tensor                 # (3,) float32, of the training pixels in [0, 1]
+    std: torch.Tensor                  # (3,) float32, at least 1/255: a constant channel has none
+
+
+def load_dataset(name, data_dir="data", image_size=32):
+    """Read a data set into memory as uint8.
+
+    name: one of DATASETS; data_dir: where it lies (cifar10 and cifar100 are downloaded there once)
+    image_size: pixels; the shorter side is resized to it, the centre cropped
+    Raises ValueError, in one line that says what to do, if the data is missing or broken.
+    """
+    if name == "folder":
+        train, train_labels, test, test_labels, classes = _read_folder(Path(data_dir), image_size)
+    elif name == "shapes":
+        parts = [draw_shapes(500, image_size, seed) for seed in range(14)]
+        images, labels = (torch.cat(part) for part in zip(*parts))
+        (train, test), (train_labels, test_labels) = images.split(6000), labels.split(6000)
+        classes = SHAPES
+    elif name in DATASETS:
+        train, train_labels, test, test_labels, classes = _read_cifar(name, data_dir, image_size)
+    else:
+        raise ValueError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
+    # Mean and std from a histogram a channel: exact, and no float copy of the set.
+    share = torch.stack([channel.flatten().bincount(minlength=256) for channel in train.unbind(1)])
+    share = share / share.sum(1, keepdim=True, dtype=torch.float64)  # (3, 256)
+    level = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ level
+    std = (share @ level.square() - mean.square()).clamp(min=1 / 255**2).sqrt()
+    return Dataset(train, train_labels, test, test_labels, tuple(classes),
+                   mean.float(), std.float())
+
+
+def _read_cifar(name, data_dir, image_size):
+    """CIFAR through torchvision; offline, name the file to place."""
+    kind, archive = {"cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
+                     "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz")}[name]
+    try:
+        sets = [kind(data_dir, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, URLError) as problem:
+        raise ValueError(f"cannot download {name} ({problem}): place {archive} in {data_dir}, or "
+                         "try --dataset shapes, which needs no files") from None
+    out = []
+    for one in sets:
+        images = torch.from_numpy(np.ascontiguousarray(one.data.transpose(0, 3, 1, 2)))
+        if image_size != 32:
+            images = torch.cat([TF.resize(x, [image_size, image_size]) for x in images.split(1000)])
+        out += [images, torch.tensor(one.targets)]
+    return *out, sets[0].classes
+
+
+def _read_folder(root, image_size):
+    """`train/` and `test/` or `val/`, a folder a class; any other tree is images without labels."""
+    if not root.is_dir():
+        raise ValueError(f"--data-dir {root} is not a folder of images")
+    train, test = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
+    split = train.is_dir() and test.is_dir()
+    classes = sorted(path.name for path in train.iterdir() if path.is_dir()) if split else []
+    odd = set(classes) ^ {path.name for path in test.iterdir() if path.is_dir()} if split else ()
+    if odd:
+        raise ValueError(f"class {min(odd)!r} is not both in {train} and in {test}")
+    extensions, out = datasets.folder.IMG_EXTENSIONS, []
+    for top in (train, test) if split else (root, None):
+        files, labels = [], []
+        for label, sub in enumerate(classes or [""]) if top else ():
+            found = sorted(x for x in (top / sub).rglob("*") if x.suffix.lower() in extensions)
+            if not found:
+                raise ValueError(f"no images in {top / sub} (looked for {' '.join(extensions)})")
+            files += found
+            labels += [label] * len(found)
+        with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's global lock
+            images = list(pool.map(lambda path: _read_image(path, image_size), files))
+        none = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+        out += [torch.stack(images) if images else none, torch.tensor(labels) if classes else None]
+    return *out, classes
+
+
+def _read_image(path, size):
+    """One file of any mode as uint8 (3, size, size): shorter side resized, centre cropped."""
+    try:
+        image = datasets.folder.default_loader(str(path))  # RGB, whatever the file holds
+    except Exception as problem:  # PIL raises OSError, SyntaxError, DecompressionBombError, ...
+        raise ValueError(f"cannot read the image {path} ({problem}): mend or remove it") from None
+    if min(image.size) != size:
+        image = TF.resize(image, size)
+    return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
+
+
+def draw_shapes(count, size=32, seed=0):
+    """Draw textures of ten classes: images (count, 3, size, size) uint8 and labels (count,) int64.
+
+    Each sits in a soft window of random place and size, with random phase, scale, orientation
+    (+-20 degrees), contrast sign, faint tint and noise: only the pattern tells the class.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, channels=1, pixels=1):
+        return low + (high - low) * torch.rand(count, channels, pixels, pixels, generator=draw)
+
+    labels = torch.randperm(count, generator=draw) % len(SHAPES)
+    grid = torch.linspace(-1, 1, size)
+    x, y = grid - uniform(-0.3, 0.3), grid[:, None] - uniform(-0.3, 0.3)  # from the window's centre
+    window = torch.exp(-((x.square() + y.square()) / uniform(0.65, 1.05).square()).square())
+    turn, scale = uniform(-math.pi / 9, math.pi / 9), uniform(9, 14)  # scale: radians a half image
+    side = uniform(-1, 1).sign()  # diagonals and spirals: either hand
+    u, v = scale * (x * turn.cos() - y * turn.sin()), scale * (x * turn.sin() + y * turn.cos())
+    radius, angle = torch.hypot(u, v), torch.atan2(v, u)
+    a, b = uniform(0, 2 * math.pi), uniform(0, 2 * math.pi)  # phases
+    noise = nn.functional.interpolate(uniform(-1, 1, pixels=8), (size, size), mode="bicubic")
+    patterns = {  # in the order of SHAPES
+        "horizontal": torch.sin(v + a), "vertical": torch.sin(u + a),
+        "diagonal": torch.sin((u + side * v) / 2**0.5 + a),
+        "checker": 1.5 * torch.sin(u + a) * torch.sin(v + b),
+        "grid": 2 * torch.maximum(torch.sin(u + a), torch.sin(v + b)) - 1,
+        "rings": torch.sin(radius + a), "spokes": torch.sin(7 * angle + a),
+        "spiral": torch.sin(radius + 3 * side * angle + a),
+        "zigzag": torch.sin(v + 2 * torch.asin(torch.sin(u + b)) + a), "blobs": 2 * noise}
+    pattern = torch.stack([patterns[name] for name in SHAPES], 1)[torch.arange(count), labels]
+    tint = 1 + uniform(-0.15, 0.15, channels=3)
+    contrast = uniform(0.3, 0.4) * uniform(-1, 1).sign()
+    images = uniform(0.45, 0.55) + contrast * pattern * window * tint
+    images = images + 0.05 * uniform(-1, 1, pixels=size)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
+
+
+def normalize(x, mean, std):
+    """What enters the network, in training and evaluation alike.
+
+    x: (N, 3, H, W) uint8, or float in [0, 1]; mean, std: (3,) of the training set
+    Returns float32 in units of std, in channels_last memory, which convolutions are fastest on.
+    """
+    if x.dtype == torch.uint8:
+        x = x.float() / 255
+    x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def resident(images, device):
+    """The images on the device if they fit in half of its free memory, else as they are."""
+    device = torch.device(device)
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return images
+    return images.to(device)
+
+
+def batches(images, order, batch_size, device, workers=2):
+    """Yield images[order] on the device, batch by batch; the last one may be smaller.
+
+    images: (N, 3, H, W) uint8, on the device or on the host; order: (M,) int64 on the host
+    Images on the host are gathered by `workers` threads into pinned memory, ahead of the network.
+    """
+    if images.device.type == torch.device(device).type:
+        for index in order.to(images.device).split(batch_size) if len(order) else ():
+            yield images[index]
+        return
+
+    def gather(index):
+        batch = images[index]
+        return batch.pin_memory() if torch.cuda.is_available() else batch
+
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for index in order.split(batch_size):
+            waiting.append(pool.submit(gather, index))
+            if len(waiting) > workers:
+                yield waiting.popleft().result().to(device, non_blocking=True)
+        while waiting:
+            yield waiting.popleft().result().to(device, non_blocking=True)
+
+
+# ----------------------------------------------------------------------------- network
+class ResNet(nn.Module):
+    """A residual network without classifier, in torchvision's names, He et al., arXiv 1512.03385.
+
+    (N, 3, H, W) in, (N, num_features) out: the average of the last map.
+    """
+
+    def __init__(self, block, depths, width, stem):
+        super().__init__()
+        planes = [round(64 * width * 2**stage) for stage in range(4)]
+        cifar = stem == "cifar"  # full size, no max-pool: a 32x32 image keeps a last map of 4x4
+        kernel, stride, padding = (3, 1, 1) if cifar else (7, 2, 3)
+        self.conv1 = nn.Conv2d(3, planes[0], kernel, stride, padding, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if cifar else nn.MaxPool2d(3, 2, 1)
+        channels = planes[0]
+        for stage in range(4):
+            blocks, out = [], planes[stage] * block.expansion
+            for i in range(depths[stage]):
+                stride, shortcut = 2 if stage > 0 and i == 0 else 1, None
+                if stride != 1 or channels != out:
+                    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False),
+                                             nn.BatchNorm2d(out))
+                blocks.append(block(channels, planes[stage], stride, shortcut))
+                channels = out
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.num_features = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # as torchvision's ResNet
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean((2, 3))  # (N, num_features)
+
+
+def resnet(arch="resnet18", width=1.0, stem="cifar"):
+    """A ResNet backbone: arch of ARCHS, width multiplies every channel count (SimCLR's 1x, 2x, 4x).
+
+    stem: "cifar" (3x3, no max-pool) or "imagenet" (7x7, max-pool); `num_features`: the output size
+    Raises ValueError for an unknown arch or stem, or a width that leaves no channel.
+    """
+    if arch not in ARCHS or stem not in ("cifar", "imagenet") or round(64 * width) < 1:
+        raise ValueError(f"no backbone with arch {arch!r}, width {width} and stem {stem!r}")
+    return ResNet(*ARCHS[arch], width, stem)
