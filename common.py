@@ -9,7 +9,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -73,7 +72,7 @@ def _read_cifar(name, data_dir, image_size):
                      "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz")}[name]
     try:
         sets = [kind(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, URLError) as problem:
+    except (OSError, RuntimeError) as problem:
         raise ValueError(f"cannot download {name} ({problem}): place {archive} in {data_dir}, or "
                          "try --dataset shapes, which needs no files") from None
     out = []
@@ -185,8 +184,10 @@ def batches(images, order, batch_size, device, workers=2):
     images: (N, 3, H, W) uint8, on the device or on the host; order: (M,) int64 on the host
     Images on the host are gathered by `workers` threads into pinned memory, ahead of the network.
     """
+    if not len(order):
+        return  # split would yield one empty batch
     if images.device.type == torch.device(device).type:
-        for index in order.to(images.device).split(batch_size) if len(order) else ():
+        for index in order.to(images.device).split(batch_size):
             yield images[index]
         return
 

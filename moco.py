@@ -1,4 +1,4 @@
-"""MoCo on images: not measured yet.
+"""MoCo on images. 200 epochs of CIFAR-10: published 85.3 % kNN, here not measured yet.
 
 Reference implementation, made to be read from top to bottom, diffed and copied (with common.py), of
 "Momentum Contrast for Unsupervised Visual Representation Learning", He et al., CVPR 2020,
@@ -12,17 +12,18 @@ come from a slow copy of the network, an exponential moving average, so that old
     x1, x2   (B, 3, H, W)   two random views of a batch of B images
     f, g     query side     f(x) is what is kept, (B, 512) for ResNet-18; q = g(f(x)), (B, 128)
     f_k, g_k key side       k = g_k(f_k(x)), (B, 128), a constant
-    queue    (K, 128)       unit keys of the last K images, the negatives
+    queue    (K, 128)       the last K unit keys, the negatives
     l(q, k)  = -log( exp(q . k / tau) / (exp(q . k / tau) + sum_i exp(q . queue_i / tau)) )   (1)
     theta_k  = m theta_k + (1 - m) theta_q, after every step                                  (2)
     L        = l(q1, k2) + l(q2, k1), or l(q1, k2) with --no-symmetric; |q| = |k| = 1
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order of the
-  four colour operations is drawn once a batch: 24 orders in one batch would cost all four 24 times.
+  four colour operations is drawn once a batch of views: each of them is one pass over the batch.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
-- The recipe is the authors' for CIFAR-10 (their Colab notebook): the symmetric loss, a sum, whose
-  keys enter the queue together after both losses; ShuffleBN on one GPU by 8 splits of each batch.
+- The recipe is the authors' for CIFAR-10 (their Colab notebook), but for the head, linear there:
+  the symmetric loss, a sum, whose keys enter the queue together after both losses; ShuffleBN on
+  one GPU by 8 splits of each batch.
 - The average moves after the optimizer's step, not before the next forward: the same sequence.
 """
 
@@ -87,7 +88,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Show the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
 
 
 def number(kind, low, high):
@@ -114,7 +116,8 @@ def parse_args(argv=None):
         help="threads that gather batches of images that do not fit on the device")
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=ARCHS, default="resnet18", help="backbone")
-    add("--width", type=number(float, 1 / 64, 16), default=1.0, help="times every channel count")
+    # Below 16 channels torch 2.11 to 2.15 corrupts memory on CPUs (channels_last, 1x1, stride 2).
+    add("--width", type=number(float, 0.25, 16), default=1.0, help="times every channel count")
     add("--stem", choices=("auto", "cifar", "imagenet"), default="auto",
         help="auto: cifar (3x3, no max-pool) up to 64 pixels")
     add = parser.add_argument_group("run").add_argument
@@ -306,7 +309,7 @@ def info_nce(q, k, queue, tau):
     with torch.autocast(q.device.type, enabled=False):
         q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
         positive = (q * k).sum(1, keepdim=True)  # (B, 1)
-        logits = torch.cat([positive, q @ queue.T], 1) / tau  # (B, 1 + K)
+        logits = torch.cat([positive, q @ queue.float().T], 1) / tau  # (B, 1 + K)
         # Class 0 is the right one: the positive stands first in every row.
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
@@ -430,7 +433,8 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     for query, label in zip(queries.split(chunk), labels.split(chunk)):
         cosine, index = (F.normalize(query, dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
         votes = torch.zeros(len(query), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[index], ((cosine - 1) / tau).exp())  # - 1: no overflow
+        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
+        votes.scatter_add_(1, bank_labels[index], vote)
         right = right + (votes.argmax(1) == label).sum()
     return 100 * right.item() / len(queries)
 
@@ -483,6 +487,15 @@ def save_checkpoint(path, **state):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def commit():
+    """The commit of these files, "-dirty" if they were changed since, None outside a checkout."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        return None
+
+
 def report(record, log, writer):
     """One epoch: a line here, the same keys in log.jsonl and, if asked for, in tensorboard."""
     print(" ".join(f"{key}={'-' if value is None else format(value, '.4g')}"
@@ -525,33 +538,33 @@ def main(argv=None):
     # <method>
     if args.queue > count - args.batch_size:
         fail(f"--queue {args.queue} is more than the {count - args.batch_size} images outside a "
-             "batch: its keys would be negatives of their own image")
+             "batch: images would be their own negatives")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr, args.sgd_momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
     # </method>
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        lines = log.read_text().splitlines(keepends=True)[:saved["epoch"] + 2]  # header, epoch 0..
-    else:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-        lines = [json.dumps({
-            "args": vars(args), "lr": lr, "images": count, "test_images": len(test_images),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "chance_loss": chance_loss(args), "precision": precision, "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-            "commit": commit or None}) + "\n"]
-        print(lines[0], end="", flush=True)
+    lines = [json.dumps({
+        "args": vars(args), "lr": lr, "images": count, "test_images": len(test_images),
+        "parameters": sum(p.numel() for p in model.parameters()), "chance_loss": chance_loss(args),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "precision": precision, "torch": torch.__version__, "commit": commit()}) + "\n"]
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(lines))
         if args.save_views:
             shown = data.train_images[:8]
             save_views(args.save_views, shown, augment(shown, args))
-    except OSError as problem:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if saved:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            lines = log.read_text().splitlines(keepends=True)[:saved["epoch"] + 2]  # from epoch 0
+        else:
+            path.unlink(missing_ok=True)  # a kill before epoch 0 must not leave a replaced run
+        log.with_suffix(".tmp").write_text("".join(lines))
+        os.replace(log.with_suffix(".tmp"), log)
+    except (OSError, ValueError) as problem:
         fail(problem)
+    record = json.loads(lines[-1])
+    print(lines[-1], end="", flush=True)
     if data.train_labels is None:
         print("kNN is off: labels need train/ and test/ or val/, with a folder a class", flush=True)
     writer, low = None, 0  # low: epochs in a row with a collapsed output
@@ -607,7 +620,8 @@ def main(argv=None):
                   "views_s": len(order) * len(views) / seconds if epoch else None,
                   "seconds": seconds, "knn_seconds": time.perf_counter() - start}
         report(record, log, writer)
-        low = low + 1 if epoch and record["std"] < 0.1 else 0
+        # After a batch norm no output is constant: one odd image in B leaves std 2 / sqrt(B).
+        low = low + 1 if epoch and record["std"] < 0.1 + 2 / args.batch_size ** 0.5 else 0
         if low == 3:
             print(f"warning: collapsed: std {record['std']:.3f}, not about 1", file=sys.stderr)
         save_checkpoint(path, method=Path(__file__).stem, args=vars(args), epoch=epoch,

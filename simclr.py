@@ -1,4 +1,4 @@
-"""SimCLR on images: not measured yet.
+"""SimCLR on images. 200 epochs of CIFAR-10: published 84.8 % kNN, here not measured yet.
 
 Reference implementation, made to be read from top to bottom, diffed and copied (with common.py), of
 "A Simple Framework for Contrastive Learning of Visual Representations", Chen et al., ICML 2020,
@@ -18,7 +18,7 @@ other views, in which the second view of the same image is the right class.
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order of the
-  four colour operations is drawn once a batch: 24 orders in one batch would cost all four 24 times.
+  four colour operations is drawn once a batch of views: each of them is one pass over the batch.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
 - The recipe is the best published one for ResNet-18 on CIFAR-10 (github.com/dkobak/simclr-cifar10):
   SGD, not LARS; each view goes through the network alone and has its own batch statistics; crops
@@ -81,7 +81,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Show the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
 
 
 def number(kind, low, high):
@@ -108,7 +109,8 @@ def parse_args(argv=None):
         help="threads that gather batches of images that do not fit on the device")
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=ARCHS, default="resnet18", help="backbone")
-    add("--width", type=number(float, 1 / 64, 16), default=1.0, help="times every channel count")
+    # Below 16 channels torch 2.11 to 2.15 corrupts memory on CPUs (channels_last, 1x1, stride 2).
+    add("--width", type=number(float, 0.25, 16), default=1.0, help="times every channel count")
     add("--stem", choices=("auto", "cifar", "imagenet"), default="auto",
         help="auto: cifar (3x3, no max-pool) up to 64 pixels")
     add = parser.add_argument_group("run").add_argument
@@ -313,7 +315,8 @@ def chance_loss(args):
 class LARS(torch.optim.Optimizer):
     """SGD with steps in proportion to each weight's norm, You et al. 1708.03888, Alg. 1.
 
-    Parameters with one axis (biases, batch norm) get neither the adaptation nor weight decay.
+    The gradient's norm is taken with its weight decay, as in google-research/simclr. Parameters
+    with one axis (biases, batch norm) get neither the adaptation nor weight decay.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
@@ -334,8 +337,10 @@ class LARS(torch.optim.Optimizer):
                     update = update + group["weight_decay"] * p
                     ratio = group["trust"] * p.norm() / update.norm()
                     update = update * ratio.where(ratio.isfinite() & (ratio > 0), 1)
-                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
-                velocity.mul_(group["momentum"]).add_(group["lr"] * update)
+                if "velocity" not in self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
+                velocity = self.state[p]["velocity"].mul_(group["momentum"])
+                velocity.add_(group["lr"] * update)
                 p.sub_(velocity)
         return loss
 
@@ -382,7 +387,8 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     for query, label in zip(queries.split(chunk), labels.split(chunk)):
         cosine, index = (F.normalize(query, dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
         votes = torch.zeros(len(query), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[index], ((cosine - 1) / tau).exp())  # - 1: no overflow
+        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
+        votes.scatter_add_(1, bank_labels[index], vote)
         right = right + (votes.argmax(1) == label).sum()
     return 100 * right.item() / len(queries)
 
@@ -435,6 +441,15 @@ def save_checkpoint(path, **state):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def commit():
+    """The commit of these files, "-dirty" if they were changed since, None outside a checkout."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        return None
+
+
 def report(record, log, writer):
     """One epoch: a line here, the same keys in log.jsonl and, if asked for, in tensorboard."""
     print(" ".join(f"{key}={'-' if value is None else format(value, '.4g')}"
@@ -481,28 +496,28 @@ def main(argv=None):
         optimizer = torch.optim.SGD(model.parameters(), lr, args.sgd_momentum,
                                     weight_decay=args.weight_decay, fused=device.type == "cuda")
     # </method>
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        lines = log.read_text().splitlines(keepends=True)[:saved["epoch"] + 2]  # header, epoch 0..
-    else:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-        lines = [json.dumps({
-            "args": vars(args), "lr": lr, "images": count, "test_images": len(test_images),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "chance_loss": chance_loss(args), "precision": precision, "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-            "commit": commit or None}) + "\n"]
-        print(lines[0], end="", flush=True)
+    lines = [json.dumps({
+        "args": vars(args), "lr": lr, "images": count, "test_images": len(test_images),
+        "parameters": sum(p.numel() for p in model.parameters()), "chance_loss": chance_loss(args),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "precision": precision, "torch": torch.__version__, "commit": commit()}) + "\n"]
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(lines))
         if args.save_views:
             shown = data.train_images[:8]
             save_views(args.save_views, shown, augment(shown, args))
-    except OSError as problem:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if saved:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            lines = log.read_text().splitlines(keepends=True)[:saved["epoch"] + 2]  # from epoch 0
+        else:
+            path.unlink(missing_ok=True)  # a kill before epoch 0 must not leave a replaced run
+        log.with_suffix(".tmp").write_text("".join(lines))
+        os.replace(log.with_suffix(".tmp"), log)
+    except (OSError, ValueError) as problem:
         fail(problem)
+    record = json.loads(lines[-1])
+    print(lines[-1], end="", flush=True)
     if data.train_labels is None:
         print("kNN is off: labels need train/ and test/ or val/, with a folder a class", flush=True)
     writer, low = None, 0  # low: epochs in a row with a collapsed output
@@ -555,7 +570,8 @@ def main(argv=None):
                   "views_s": len(order) * len(views) / seconds if epoch else None,
                   "seconds": seconds, "knn_seconds": time.perf_counter() - start}
         report(record, log, writer)
-        low = low + 1 if epoch and record["std"] < 0.1 else 0
+        # After a batch norm no output is constant: one odd image in B leaves std 2 / sqrt(B).
+        low = low + 1 if epoch and record["std"] < 0.1 + 2 / args.batch_size ** 0.5 else 0
         if low == 3:
             print(f"warning: collapsed: std {record['std']:.3f}, not about 1", file=sys.stderr)
         save_checkpoint(path, method=Path(__file__).stem, args=vars(args), epoch=epoch,

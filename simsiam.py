@@ -1,4 +1,4 @@
-"""SimSiam on images: not measured yet.
+"""SimSiam on images. 200 epochs of CIFAR-10: published 81.7 % kNN, here not measured yet.
 
 Reference implementation, made to be read from top to bottom, diffed and copied (with common.py), of
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021, arXiv 2011.10566.
@@ -9,16 +9,16 @@ Two views of an image go through one backbone and projector; a predictor guesses
 output the other's, which is held constant. No negatives and no momentum encoder: the stop-gradient
 alone keeps the constant solution away (--no-stop-gradient shows it).
 
-    x1, x2   (B, 3, H, W)   two random views of a batch of B images
-    f        backbone       f(x) is what is kept, (B, 512) for ResNet-18
-    g        projector      z = g(f(x)), (B, 2048); the paper's f is both, f and g
-    h        predictor      p = h(z), (B, 2048)
-    D(p, z)  = -p / |p| . stopgrad(z) / |z|, in [-1, 1]                      (1), (3)
-    L        = D(p1, z2) / 2 + D(p2, z1) / 2                                 (4)
+    x1, x2   (B, 3, H, W)  two random views of a batch of B images
+    f        backbone      f(x) is what is kept, (B, 512) for ResNet-18
+    g        projector     z = g(f(x)), (B, 2048); SimSiam's f is both, f and g
+    h        predictor     p = h(z), (B, 2048)
+    D(p, z)  = -p / |p| . stopgrad(z) / |z|, in [-1, 1]                 (SimSiam's 1 and 3)
+    L        = D(p1, z2) / 2 + D(p2, z1) / 2                            (4)
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order of the
-  four colour operations is drawn once a batch: 24 orders in one batch would cost all four 24 times.
+  four colour operations is drawn once a batch of views: each of them is one pass over the batch.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
 """
 
@@ -54,7 +54,7 @@ def add_recipe(parser):
     add("--warmup-epochs", type=number(int, 0, 10**6), default=0,
         help="linear; the paper states none [SimSiam App. D]")
     add("--pred-dim", type=number(int, 1, 10**6), default=512,
-        help="hidden units of the predictor, a quarter of z's 2048 [SimSiam Sec. 4.2]")
+        help="hidden units of the predictor, a quarter of z's 2048 [SimSiam Sec. 3]")
     add("--fix-pred-lr", action="store_true",
         help="no decay for the predictor, for ImageNet [official main_simsiam.py]")
     add("--stop-gradient", action=argparse.BooleanOptionalAction, default=True,
@@ -79,7 +79,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Show the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
 
 
 def number(kind, low, high):
@@ -106,7 +107,8 @@ def parse_args(argv=None):
         help="threads that gather batches of images that do not fit on the device")
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=ARCHS, default="resnet18", help="backbone")
-    add("--width", type=number(float, 1 / 64, 16), default=1.0, help="times every channel count")
+    # Below 16 channels torch 2.11 to 2.15 corrupts memory on CPUs (channels_last, 1x1, stride 2).
+    add("--width", type=number(float, 0.25, 16), default=1.0, help="times every channel count")
     add("--stem", choices=("auto", "cifar", "imagenet"), default="auto",
         help="auto: cifar (3x3, no max-pool) up to 64 pixels")
     add = parser.add_argument_group("run").add_argument
@@ -351,7 +353,8 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     for query, label in zip(queries.split(chunk), labels.split(chunk)):
         cosine, index = (F.normalize(query, dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
         votes = torch.zeros(len(query), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[index], ((cosine - 1) / tau).exp())  # - 1: no overflow
+        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
+        votes.scatter_add_(1, bank_labels[index], vote)
         right = right + (votes.argmax(1) == label).sum()
     return 100 * right.item() / len(queries)
 
@@ -404,6 +407,15 @@ def save_checkpoint(path, **state):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def commit():
+    """The commit of these files, "-dirty" if they were changed since, None outside a checkout."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        return None
+
+
 def report(record, log, writer):
     """One epoch: a line here, the same keys in log.jsonl and, if asked for, in tensorboard."""
     print(" ".join(f"{key}={'-' if value is None else format(value, '.4g')}"
@@ -450,28 +462,28 @@ def main(argv=None):
                                 fused=device.type == "cuda")
     D = partial(neg_cosine, stop_gradient=args.stop_gradient)
     # </method>
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        lines = log.read_text().splitlines(keepends=True)[:saved["epoch"] + 2]  # header, epoch 0..
-    else:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-        lines = [json.dumps({
-            "args": vars(args), "lr": lr, "images": count, "test_images": len(test_images),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "chance_loss": chance_loss(args), "precision": precision, "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-            "commit": commit or None}) + "\n"]
-        print(lines[0], end="", flush=True)
+    lines = [json.dumps({
+        "args": vars(args), "lr": lr, "images": count, "test_images": len(test_images),
+        "parameters": sum(p.numel() for p in model.parameters()), "chance_loss": chance_loss(args),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "precision": precision, "torch": torch.__version__, "commit": commit()}) + "\n"]
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(lines))
         if args.save_views:
             shown = data.train_images[:8]
             save_views(args.save_views, shown, augment(shown, args))
-    except OSError as problem:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if saved:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            lines = log.read_text().splitlines(keepends=True)[:saved["epoch"] + 2]  # from epoch 0
+        else:
+            path.unlink(missing_ok=True)  # a kill before epoch 0 must not leave a replaced run
+        log.with_suffix(".tmp").write_text("".join(lines))
+        os.replace(log.with_suffix(".tmp"), log)
+    except (OSError, ValueError) as problem:
         fail(problem)
+    record = json.loads(lines[-1])
+    print(lines[-1], end="", flush=True)
     if data.train_labels is None:
         print("kNN is off: labels need train/ and test/ or val/, with a folder a class", flush=True)
     writer, low = None, 0  # low: epochs in a row with a collapsed output
@@ -524,7 +536,8 @@ def main(argv=None):
                   "views_s": len(order) * len(views) / seconds if epoch else None,
                   "seconds": seconds, "knn_seconds": time.perf_counter() - start}
         report(record, log, writer)
-        low = low + 1 if epoch and record["std"] < 0.1 else 0
+        # After a batch norm no output is constant: one odd image in B leaves std 2 / sqrt(B).
+        low = low + 1 if epoch and record["std"] < 0.1 + 2 / args.batch_size ** 0.5 else 0
         if low == 3:
             print(f"warning: collapsed: std {record['std']:.3f}, not about 1", file=sys.stderr)
         save_checkpoint(path, method=Path(__file__).stem, args=vars(args), epoch=epoch,

@@ -1,0 +1,127 @@
+"""How fast: python tests/benchmark.py [--device cuda] [--method simsiam] [--width 1] ...
+
+Prints, from one run on one machine, ratios that can be compared where seconds cannot:
+  augmentation      views/s of `augment`, and of torchvision's per-image PIL pipeline in one process a core
+  training          views/s of `main` itself, last epoch, augmentation included
+  fixed batch       the same loop fed one batch of ready views: what is left is network, loss and optimizer
+  kNN               seconds for the features of all images and the vote
+  memory            peak of the process, or of the GPU
+On CUDA also FLOP/s and the share of a measured bf16 matrix-product peak.
+"""
+
+import argparse
+import importlib
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms as T
+from torchvision.transforms.functional import to_pil_image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+
+
+class PilViews(Dataset):
+    """What users write with torchvision: two views an image, one image at a time."""
+
+    def __init__(self, images):
+        self.images = [to_pil_image(image) for image in images]
+        self.view = T.Compose([
+            T.RandomResizedCrop(images.shape[3], (0.2, 1)), T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2), T.ToTensor()])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.view(self.images[i]), self.view(self.images[i])
+
+
+def seconds(device, work):
+    """Wall clock of work() with the device's queue empty before and after."""
+    for wait in (True, False):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if wait:
+            start = time.perf_counter()
+            work()
+    return time.perf_counter() - start
+
+
+def augmentation(module, args, images, device):
+    """Views/s: ours and torchvision's, three rounds in turn, the best of each."""
+    flags, ours, theirs = module.parse_args([]), [], []
+    on_device = images.to(device)
+    loader = DataLoader(PilViews(images), 250, num_workers=os.cpu_count(), persistent_workers=True)
+    views = len(module.augment(on_device[:args.batch_size], flags))
+    for _ in range(4):  # the first round starts workers and is not counted
+        theirs.append(2 * len(images) / seconds(device, lambda: [None for _ in loader]))
+        parts = on_device.split(args.batch_size)
+        ours.append(views * len(images) / seconds(device, lambda: [module.augment(part, flags) for part in parts]))
+    return max(ours[1:]), max(theirs[1:])
+
+
+def train(module, args, data, device, *more):
+    """The metrics of the last of three epochs of `main` on this data."""
+    module.load_dataset = lambda *a: data
+    own = ["--queue", str(min(4096, len(data.train_images) - args.batch_size))] if args.method == "moco" else []
+    with tempfile.TemporaryDirectory() as out:
+        return module.main(["--dataset", "shapes", "--width", str(args.width), "--epochs", "3", "--device", device,
+                            "--batch-size", str(args.batch_size), "--out", out, *own, *more])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="simsiam", choices=("simclr", "moco", "simsiam", "simsiam_logo"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--width", type=float, help="default: 1 on CUDA, 0.25 on the CPU")
+    parser.add_argument("--batch-size", type=int, help="default: 512 on CUDA, 256 on the CPU")
+    parser.add_argument("--images", type=int, help="default: 50000 on CUDA, 2048 on the CPU")
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    args.width, args.batch_size = args.width or (1 if cuda else 0.25), args.batch_size or (512 if cuda else 256)
+    args.images = args.images or (50000 if cuda else 2048)
+    module = importlib.import_module(args.method)
+    shapes = common.load_dataset("shapes")
+    index = torch.arange(args.images) % 6000
+    data = shapes._replace(train_images=shapes.train_images[index], train_labels=shapes.train_labels[index])
+
+    ours, theirs = augmentation(module, args, data.train_images[:4096], args.device)
+    run = train(module, args, data, args.device, "--knn-every", "3")
+    real_augment, real_normalize = module.augment, module.normalize
+    ready = [real_normalize(view, data.mean, data.std).to(args.device) for view in
+             real_augment(data.train_images[:args.batch_size], module.parse_args([]))]
+    module.augment = lambda x, flags: ready
+    module.normalize = lambda x, mean, std: x if x.is_floating_point() else real_normalize(x, mean, std)
+    fixed = train(module, args, data, args.device, "--knn-every", "3")
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{args.method}, {name}, torch {torch.__version__}, width {args.width}, batch {args.batch_size}")
+    print(f"augmentation   {ours:10,.0f} views/s  torchvision {theirs:,.0f} in {os.cpu_count()} processes: {ours / theirs:.1f}x")
+    print(f"training       {run['views_s']:10,.0f} views/s")
+    print(f"fixed batch    {fixed['views_s']:10,.0f} views/s  training reaches {run['views_s'] / fixed['views_s']:.0%} of it")
+    print(f"kNN            {run['knn_seconds']:10.2f} s for {len(data.train_images) + len(data.test_images):,} images")
+    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory    {peak / 2**30:10.2f} GiB")
+    if cuda:
+        flags = module.parse_args(["--batch-size", str(args.batch_size)])
+        model = module.Model(lambda: common.resnet("resnet18", args.width), flags).cuda()
+        with FlopCounterMode(display=False) as counter:
+            out = model(*ready)
+            flat = [t for part in (out if isinstance(out, (list, tuple)) else [out])
+                    for t in (part if isinstance(part, (list, tuple)) else [part]) if t.requires_grad]
+            sum(t.float().sum() for t in flat).backward()
+        flop = counter.get_total_flops() / args.batch_size / len(ready) * run["views_s"]
+        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        peak = 2 * 8192**3 * 20 / min(seconds("cuda", lambda: [a @ a for _ in range(20)]) for _ in range(5))
+        print(f"arithmetic     {flop / 1e12:10.0f} TFLOP/s  {flop / peak:.0%} of the matrix-product peak, {peak / 1e12:.0f}")
+
+
+if __name__ == "__main__":
+    main()

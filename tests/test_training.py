@@ -1,0 +1,411 @@
+"""The whole run: schedule, log, checkpoint, resume, collapse, wrong input, and what a copier needs."""
+
+import json
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets.folder import default_loader
+
+import common
+import moco
+import simclr
+import simsiam
+from conftest import OWN, ROOT, SCRIPTS
+
+KEYS = ["epoch", "loss", "std", "lr", "knn", "views_s", "seconds", "knn_seconds"]
+
+
+def tree_equal(a, b):
+    """All tensors of two checkpoints equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(tree_equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(tree_equal, a, b))
+    return a == b
+
+
+def load(out):
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+
+
+def refused(capsys, module, argv, *words, status=2):
+    """main(argv) ends with one line of these words on standard error, and with this status."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        module.main(argv)
+    said = capsys.readouterr().err
+    assert end.value.code == status and said.startswith("error: ") and said.count("\n") == 1
+    assert all(word in said for word in words), said
+
+
+# ------------------------------------------------------------------------------------- schedule
+@pytest.mark.parametrize("total, warmup", [(1, 0), (10, 0), (100, 10), (100, 99)])
+def test_learning_rate_is_its_closed_form(total, warmup):
+    rates = [simsiam.learning_rate(step, total, 0.3, warmup) for step in range(total)]
+    for step in range(warmup):
+        assert rates[step] == pytest.approx(0.3 * (step + 1) / warmup)
+    for step in range(warmup, total):
+        assert rates[step] == pytest.approx(0.15 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
+    assert max(rates) == pytest.approx(0.3) and min(rates) > 0
+    assert rates[max(warmup - 1, 0)] == pytest.approx(0.3)
+
+
+def test_the_optimizer_follows_the_schedule(script, flags, monkeypatch):
+    """Every step's learning rate, scaled by batch / 256, over both epochs, warmup included."""
+    seen = []
+    real = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step",
+                        lambda self, *a, **k: seen.append(self.param_groups[0]["lr"]) or real(self, *a, **k))
+    script.main(flags(script, "--lr", "0.5", "--warmup-epochs", "1"))
+    base = 0.5 * 8 / 256
+    assert seen == [pytest.approx(script.learning_rate(step, 10, base, 5)) for step in range(10)]
+
+
+def test_fixed_predictor_rate(flags, monkeypatch):
+    seen = []
+    real = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a, **k: seen.append(
+        [group["lr"] for group in self.param_groups]) or real(self, *a, **k))
+    simsiam.main(flags(simsiam, "--fix-pred-lr"))
+    base = 0.03 * 8 / 256
+    assert [lr for _, lr in seen] == [base] * 10 and seen[-1][0] < base / 10
+
+
+def test_moving_average_and_queue_move_once_a_step(flags, monkeypatch):
+    """Key parameters: one update a step, after it. Queue: both keys of a step, once, after both losses."""
+    moves, queued, at_loss = [], [], []
+    average, enqueue, loss = moco.momentum_update, moco.enqueue, moco.info_nce
+    monkeypatch.setattr(moco, "momentum_update", lambda f, f_k, m: moves.append(m) or average(f, f_k, m))
+    monkeypatch.setattr(moco, "enqueue", lambda queue, ptr, k: queued.append(len(k)) or enqueue(queue, ptr, k))
+    monkeypatch.setattr(moco, "info_nce", lambda q, k, queue, tau: at_loss.append(queue.clone()) or loss(q, k, queue, tau))
+    moco.main(flags(moco))
+    assert moves == [0.99] * 20 and queued == [16] * 10  # f and g, 10 steps; 2 x 8 keys
+    for first, second in zip(at_loss[::2], at_loss[1::2]):
+        assert first.equal(second)  # the second loss does not meet the first one's keys
+    assert not at_loss[1].equal(at_loss[2])
+    saved = load(flags(moco)[flags(moco).index("--out") + 1])["model"]
+    assert saved["ptr"] == 160 % 24
+    assert torch.allclose(saved["queue"].norm(dim=1), torch.ones(24), atol=1e-6)
+
+
+# -------------------------------------------------------------------------- log and checkpoint
+def test_log_and_checkpoint(script, flags, tmp_path, capsys):
+    argv = flags(script, "--knn-every", "1")
+    final = script.main(argv)
+    printed = capsys.readouterr().out.splitlines()
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    header, epochs = lines[0], lines[1:]
+    assert json.loads(printed[0]) == header and header["args"] == vars(script.parse_args(argv))
+    assert header["torch"] == torch.__version__ and header["lr"] == script.parse_args(argv).lr * 8 / 256
+    assert [list(line) for line in epochs] == [KEYS] * 3 and [line["epoch"] for line in epochs] == [0, 1, 2]
+    assert epochs[0]["loss"] is None and epochs[2] == final and all(0 <= line["knn"] <= 100 for line in epochs)
+    for text, line in zip(printed[1:], epochs):
+        assert [part.split("=")[0] for part in text.split()] == KEYS
+        assert f"knn={line['knn']:.4g}" in text
+    saved = load(tmp_path / "run")
+    assert saved["method"] == script.__name__ and saved["epoch"] == 2 and saved["args"] == header["args"]
+    backbone = common.resnet("resnet18", 1 / 4)
+    backbone.load_state_dict(saved["backbone"])
+    assert all(saved["model"][f"f.{name}"].equal(value) for name, value in saved["backbone"].items())
+    assert saved["mean"].shape == saved["std"].shape == (3,)
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "log.jsonl"]
+
+
+def test_knn_of_the_log_is_that_of_the_checkpoint(flags, folder, tmp_path):
+    final = simsiam.main(flags(simsiam))
+    f, data = common.resnet("resnet18", 1 / 4), common.load_dataset("folder", folder, 16)
+    saved = load(tmp_path / "run")
+    f.load_state_dict(saved["backbone"])
+    f.eval()
+    with torch.no_grad():
+        bank, queries = (f(common.normalize(x, saved["mean"], saved["std"])) for x in (data.train_images, data.test_images))
+    assert simsiam.knn_accuracy(bank, data.train_labels, queries, data.test_labels, 2) == final["knn"]
+
+
+def test_same_seed_same_weights_other_seed_others(script, flags, tmp_path):
+    runs = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        script.main(flags(script, "--out", str(tmp_path / name), "--seed", seed))
+        runs.append(load(tmp_path / name)["model"])
+    assert tree_equal(runs[0], runs[1]) and not tree_equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_resume_is_bit_identical(script, flags, tmp_path, monkeypatch, stop):
+    """Killed after an epoch's log line or its checkpoint: weights, momenta, queue and log end as if never stopped."""
+    argv = flags(script, "--epochs", "4", "--knn-every", "1")
+    script.main([*argv, "--out", str(tmp_path / "whole")])
+
+    class Killed(BaseException):
+        pass
+    real = script.save_checkpoint
+
+    def save(path, **state):
+        if state["epoch"] > stop:  # this epoch's line is already in the log
+            raise Killed
+        real(path, **state)
+    monkeypatch.setattr(script, "save_checkpoint", save)
+    with pytest.raises(Killed):
+        script.main(argv)
+    monkeypatch.undo()
+    script.main([*argv, "--resume"])
+    whole, resumed = load(tmp_path / "whole"), load(tmp_path / "run")
+    for saved in (whole, resumed):
+        saved["args"].pop("out"), saved["args"].pop("resume")
+    assert tree_equal(whole, resumed)
+
+    def curve(name):
+        lines = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()[1:])
+        return [[line[key] for key in KEYS[:5]] for line in lines]
+    assert curve("whole") == curve("run")
+
+
+def test_lars_resumes_bit_identically(flags, tmp_path, monkeypatch):
+    argv = flags(simclr, "--optimizer", "lars", "--warmup-epochs", "1")
+    simclr.main([*argv, "--out", str(tmp_path / "whole")])
+    real = simclr.save_checkpoint
+    monkeypatch.setattr(simclr, "save_checkpoint", lambda path, **s: real(path, **s) if s["epoch"] < 2 else sys.exit(9))
+    with pytest.raises(SystemExit):
+        simclr.main(argv)
+    monkeypatch.undo()
+    simclr.main([*argv, "--resume"])
+    assert all(tree_equal(load(tmp_path / "whole")[part], load(tmp_path / "run")[part]) for part in ("model", "optimizer"))
+
+
+def test_resuming_a_finished_run_returns_its_end(script, flags, tmp_path):
+    argv = flags(script)
+    end = script.main(argv)
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    assert script.main([*argv, "--resume"]) == end
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 4
+
+
+def test_an_overwritten_run_does_not_come_back(flags, tmp_path, capsys, monkeypatch):
+    """Killed before its first checkpoint, the new run leaves nothing of the old one to resume."""
+    argv = flags(simsiam)
+    simsiam.main(argv)
+    monkeypatch.setattr(simsiam, "features", lambda *a: sys.exit(9))
+    with pytest.raises(SystemExit):
+        simsiam.main([*argv, "--overwrite"])
+    monkeypatch.undo()
+    refused(capsys, simsiam, [*argv, "--resume"], "nothing to resume")
+    assert simsiam.main(argv)["epoch"] == 2
+
+
+def test_a_machine_without_git(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    simsiam.main(flags(simsiam, "--epochs", "1"))
+    assert json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])["commit"] is None
+
+
+def test_a_kill_while_saving_keeps_the_old_checkpoint(flags, tmp_path, monkeypatch):
+    simsiam.main(flags(simsiam))
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+
+    def half(state, path):
+        Path(path).write_bytes(b"half a checkpoint")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        simsiam.save_checkpoint(tmp_path / "run/checkpoint.pt", epoch=3)
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+
+
+def test_odd_sizes_run(script, flags):
+    """40 images in batches of 9 leave 4 over; MoCo's queue of 31 is no multiple of anything."""
+    own = ["--queue", "31", "--bn-splits", "3"] if script is moco else []
+    assert math.isfinite(script.main(flags(script, "--batch-size", "9", *own))["loss"])
+
+
+def test_the_last_partial_batch_is_left_out_of_training_only(flags, monkeypatch):
+    seen, real = [], simsiam.augment
+    monkeypatch.setattr(simsiam, "augment", lambda x, args: seen.append(len(x)) or real(x, args))
+    counted = []
+    monkeypatch.setattr(simsiam, "knn_accuracy", lambda bank, bl, q, ql, *a: counted.append((len(bank), len(q))) or 0.0)
+    simsiam.main(flags(simsiam, "--batch-size", "9"))
+    assert seen == [9] * 8 and counted == [(40, 12), (40, 12)]
+
+
+# ------------------------------------------------------------------------------------- collapse
+def test_collapse_is_seen_and_said(tmp_path, capsys, monkeypatch):
+    """Without stop-gradient the loss goes to -1 and std to its floor (Fig. 2); with it they do not. Said once."""
+    images, labels = common.draw_shapes(512, 16)
+    data = common.Dataset(images, labels, images[:64], labels[:64], common.SHAPES, torch.full((3,), 0.5), torch.full((3,), 0.15))
+    monkeypatch.setattr(simsiam, "load_dataset", lambda *a: data)
+    ends = {}
+    for word in ("--stop-gradient", "--no-stop-gradient"):
+        end = simsiam.main(["--dataset", "shapes", "--image-size", "16", "--width", "0.25", "--epochs", "20", "--lr", "1",
+                            "--batch-size", "256", "--device", "cpu", "--out", str(tmp_path / word), word])
+        ends[word] = end, capsys.readouterr().err.count("warning: collapsed")
+    (end, warned), (collapsed, warnings) = ends.values()
+    assert end["loss"] > -0.9 and end["std"] > 0.5 and warned == 0
+    assert collapsed["loss"] < -0.95 and collapsed["std"] < 0.225 and warnings == 1
+
+
+def test_a_non_finite_loss_stops_the_run(script, flags, tmp_path, capsys, monkeypatch):
+    """Epoch and step are named, the last good checkpoint stays."""
+    real, steps = script.augment, []
+
+    def poisoned(x, args):
+        steps.append(len(x))
+        return [view * math.nan if len(steps) == 8 else view for view in real(x, args)]
+    monkeypatch.setattr(script, "augment", poisoned)
+    refused(capsys, script, flags(script), "nan", "epoch 2, step 3 of 5", "checkpoint.pt holds epoch 1", status=1)
+    saved = load(tmp_path / "run")
+    assert saved["epoch"] == 1 and all(v.isfinite().all() for v in saved["model"].values())
+
+
+# ---------------------------------------------------------------------------------- wrong input
+@pytest.mark.parametrize("argv, words", [
+    (["--epochs", "0"], ["--epochs", "0"]), (["--epochs", "2.5"], ["--epochs", "whole number"]),
+    (["--batch-size", "1"], ["--batch-size"]), (["--lr", "nan"], ["--lr", "nan"]), (["--lr", "inf"], ["--lr"]),
+    (["--lr", "0"], ["--lr"]), (["--lr", "fast"], ["--lr", "fast"]), (["--weight-decay", "-1"], ["--weight-decay"]),
+    (["--sgd-momentum", "2"], ["--sgd-momentum"]), (["--knn-tau", "0"], ["--knn-tau"]), (["--width", "0"], ["--width"]),
+    (["--dataset", "mnist"], ["mnist", "shapes"]), (["--arch", "vgg"], ["vgg", "resnet18"]), (["--epoch", "3"], ["--epoch"]),
+    (["--epochs", "5", "--warmup-epochs", "5"], ["--warmup-epochs 5"]), (["--resume", "--overwrite"], ["exclude"]),
+    (["--device", "tpu"], ["tpu"]), (["--seed", "-1"], ["--seed"]), (["--image-size", "4"], ["--image-size"])])
+def test_wrong_flags_end_in_one_line_before_any_data(script, capsys, monkeypatch, tmp_path, argv, words):
+    monkeypatch.setattr(script, "load_dataset", lambda *a: pytest.fail("data was read"))
+    refused(capsys, script, [*argv, "--out", str(tmp_path / "run")], *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has what the test says is absent")
+def test_an_absent_device_is_refused(script, capsys):
+    refused(capsys, script, ["--device", "cuda"], "--device cuda", "cpu")
+
+
+def test_torchrun_is_refused(script, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, script, [], "one process")
+
+
+def test_settings_that_do_not_fit_the_data(script, flags, capsys, tmp_path):
+    own = ["--bn-splits", "1"] if script is moco else []
+    refused(capsys, script, flags(script, "--batch-size", "41", *own), "--batch-size 41", "40")
+    refused(capsys, script, flags(script, "--data-dir", str(tmp_path / "none")), "none", "not a folder")
+    if script is moco:
+        refused(capsys, script, flags(script, "--queue", "33"), "--queue 33", "32")
+        refused(capsys, script, flags(script, "--bn-splits", "3"), "--bn-splits 3", "8")
+        refused(capsys, script, flags(script, "--bn-splits", "8"), "at least 2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_unasked(script, flags, capsys, tmp_path):
+    argv = flags(script)
+    script.main(argv)
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    refused(capsys, script, argv, "already holds a run", "--resume", "--overwrite")
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    script.main([*argv, "--overwrite"])
+
+
+def test_resume_refuses_what_is_not_its_run(script, flags, capsys, tmp_path):
+    argv = flags(script)
+    refused(capsys, script, [*argv, "--resume"], "nothing to resume")
+    assert not (tmp_path / "run").exists()
+    script.main(argv)
+    refused(capsys, script, [*argv, "--resume", "--lr", "0.5", "--seed", "7"], "lr was", "is 0.5", "seed was 0 and is 7")
+    checkpoint = tmp_path / "run/checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    for content in (b"", b"garbage", whole[:len(whole) // 2]):
+        checkpoint.write_bytes(content)
+        refused(capsys, script, [*argv, "--resume"], "checkpoint.pt is not a checkpoint")
+    checkpoint.write_bytes(whole)
+    (tmp_path / "run/log.jsonl").rename(tmp_path / "log.jsonl")
+    refused(capsys, script, [*argv, "--resume"], "log.jsonl")
+    other = dict(torch.load(checkpoint, weights_only=True), method="byol")
+    torch.save(other, checkpoint)
+    refused(capsys, script, [*argv, "--resume"], "method was byol")
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_not_run(script, flags, capsys, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "exploded",)
+    (tmp_path / "run").mkdir()
+    torch.save({"method": script.__name__, "args": {}, "model": Bomb()}, tmp_path / "run/checkpoint.pt")
+    refused(capsys, script, [*flags(script), "--resume"], "not a checkpoint")
+    (tmp_path / "run/checkpoint.pt").write_bytes(pickle.dumps(Bomb()))
+    refused(capsys, script, [*flags(script), "--resume"], "not a checkpoint")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_an_out_that_cannot_be_written(script, flags, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(capsys, script, flags(script, "--out", str(tmp_path / "file/run")), "file")
+
+
+# ------------------------------------------------------------------------------ what users see
+def test_help_shows_groups_defaults_and_sources():
+    for name in SCRIPTS:
+        said = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True, check=True).stdout
+        for word in ("data:", "network:", "run:", "output:", "monitor:", "recipe:", "(default: 512)", "[", f"runs/{name}"):
+            assert word in said
+        assert "None" not in said
+
+
+def test_views_picture(script, flags, tmp_path, capsys):
+    script.main(flags(script, "--save-views", str(tmp_path / "views.png"), "--epochs", "1"))
+    columns = 1 + len(script.augment(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), script.parse_args([])))
+    picture = default_loader(str(tmp_path / "views.png"))
+    assert picture.size == (columns * 18 + 2, 8 * 18 + 2)  # 2 pixels between
+    for wrong in (tmp_path / "no/views.png", tmp_path / "views.doc"):  # no folder, no such picture
+        refused(capsys, script, flags(script, "--out", str(tmp_path / "b"), "--save-views", str(wrong)), ".")
+        assert not (tmp_path / "b").exists()
+
+
+def test_unlabelled_images_train_without_knn(script, flags, folder, capsys):
+    end = script.main(flags(script, "--data-dir", str(folder / "train")))
+    assert end["knn"] is None and math.isfinite(end["loss"])
+    assert capsys.readouterr().out.count("kNN is off") == 1
+
+
+def test_tensorboard_is_asked_for_by_name(script, capsys, monkeypatch):
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    refused(capsys, script, ["--tensorboard"], "pip install tensorboard")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_files_in_an_empty_folder_train(name, folder, tmp_path):
+    """What a copier takes: the method and common.py, run as a program, which returns 0 and writes only to --out."""
+    for file in (f"{name}.py", "common.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    argv = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "16", "--width", "0.25", "--epochs", "1",
+            "--batch-size", "8", "--device", "cpu", *OWN.get(name, [])]
+    done = subprocess.run([sys.executable, f"{name}.py", *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "epoch=1 " in done.stdout and {p.name for p in tmp_path.iterdir()} <= {f"{name}.py", "common.py", "runs", "__pycache__"}
+    assert sorted(p.name for p in (tmp_path / "runs" / name).iterdir()) == ["checkpoint.pt", "log.jsonl"]
+
+
+def test_nothing_runs_at_import(script, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script.__name__}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, [*tmp_path.iterdir()]) == (0, "", [])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bf16_reads_the_same_loss_as_fp32(name, flags):
+    import importlib
+    module = importlib.import_module(name)
+    ends = [module.main(flags(module, "--epochs", "1", "--precision", p, "--overwrite"))["loss"] for p in ("fp32", "bf16")]
+    assert ends[1] == pytest.approx(ends[0], rel=0.02, abs=0.02)
+
+
+@pytest.mark.cuda
+def test_a_gpu_run_agrees_with_the_cpu(script, flags):
+    """The first epoch's loss, in fp32, within what another order of random numbers makes."""
+    cpu = script.main(flags(script, "--epochs", "1"))
+    gpu = script.main(flags(script, "--epochs", "1", "--device", "cuda", "--precision", "fp32", "--overwrite"))
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=0.1, abs=0.1)
