@@ -340,10 +340,7 @@ def enqueue(queue, ptr, k):
 
 # =================== 6. Model (method) ===================
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose training statistics are those of one of `splits` equal parts of the batch.
-
-    Part i holds images i, i + splits, ...: what `splits` GPUs would see [MoCo CIFAR demo].
-    """
+    """Batch norm of each of `splits` parts (images i, i + splits, ...) alone [MoCo CIFAR demo]."""
 
     def __init__(self, channels, splits):
         super().__init__(channels)
@@ -364,10 +361,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 class Model(nn.Module):
-    """The query side f, g, the key side f_k, g_k and the queue, as in Algorithm 1.
+    """The query side f, g, the key side f_k, g_k and the queue of Algorithm 1.
 
-    base_encoder() makes a backbone that has `num_features`. Raises ValueError if the batch cannot
-    be split.
+    base_encoder() makes a backbone that has `num_features`; ValueError if a batch cannot be split.
     """
 
     def __init__(self, base_encoder, args):
@@ -440,10 +436,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
 
 
 def feature_std(z):
-    """Mean per-channel std of l2-normalised z (B, D), times sqrt(D) [SimSiam Fig. 2].
-
-    About 1 is healthy, 0 collapsed.
-    """
+    """Mean per-channel std of l2-normalised z (B, D) times sqrt(D): 1 healthy, 0 collapsed."""
     return F.normalize(z.detach().float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
 
 

@@ -360,10 +360,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
 
 
 def feature_std(z):
-    """Mean per-channel std of l2-normalised z (B, D), times sqrt(D) [SimSiam Fig. 2].
-
-    About 1 is healthy, 0 collapsed.
-    """
+    """Mean per-channel std of l2-normalised z (B, D) times sqrt(D): 1 healthy, 0 collapsed."""
     return F.normalize(z.detach().float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
 
 

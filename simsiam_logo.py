@@ -18,26 +18,21 @@ tell local pairs of one image from pairs of two images, and the encoder makes it
     affinity (z, z')       a logit (B,): are z and z' local views of one image?
     D(p, z)  = -p / |p| . stopgrad(z) / |z|, in [-1, 1]                 (SimSiam's 1 and 3)
     L_gg     = D(pg1, zg2) + D(pg2, zg1)
-    L_lg     = D(pl1, zg1) + D(pl1, zg2) + D(pl2, zg1) + D(pl2, zg2)
+    L_lg     = sum of D(pl_i, zg_j) over i and j
     L_ll     = mean affinity(zl1, zl2), its parameters held fixed
     L        = (L_gg + L_lg) / 2 + lam L_ll
-    Omega    = affinity_loss(affinity(zl1, zl2), affinity(zl1, zl2 of another image)),  (6)
-               minimised over the affinity's parameters alone
+    Omega    = how well the affinity tells those pairs from pairs of two images    (6), its own loss
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order of the
   four colour operations is drawn once a batch of views: each of them is one pass over the batch.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
 - L_gg is symmetric and every term weighs 1/2, so that L_gg / 2 is SimSiam's loss. The mean of the
-  six terms, as in the authors' MoCo-LoGo, trains the predictor too slowly: 60.1 instead of 71.7 %
-  kNN on shapes after 4 of 5 epochs (tests/reference/simsiam_logo_shapes_*.jsonl, one seed).
-- One predictor for global and local views. Two, which arXiv 2602.05845 needs on ImageNet, were
-  worse there: 54.8 instead of 60.1 % with the mean of the terms.
-- The affinity is trained on a logistic loss, as in MoCo-LoGo: the paper's Omega has no bound. Its
-  input has no noise, and it no batch norm, which would see that a batch holds pairs of one kind.
-- Pairs of two images are made by a roll of the batch: no image meets itself, at any batch size.
-- Encoder and affinity take their steps together; in Algorithm 1 the affinity goes first, so that
-  L_ll is one step fresher there. One optimizer holds both, without a second momentum or decay.
+  six, as in the authors' MoCo-LoGo, trains the predictor too slowly: on shapes, 4 of 5 epochs, one
+  seed, 60.1 instead of 71.7 % kNN. There a predictor for each kind of view, which arXiv 2602.05845
+  needs on ImageNet, gave 54.8 instead of 60.1 % with the mean.
+- The affinity learns by a logistic loss, as in MoCo-LoGo (but without its noise), since Omega has
+  no bound. It steps together with the encoder, not before it.
 """
 
 # =================== 1. Imports (shared) ===================
@@ -340,10 +335,7 @@ def chance_loss(args):
 
 
 def affinity_loss(pos, neg):
-    """-Omega, Eq. 6, bounded as logistic regression: mean softplus(-pos) + mean softplus(neg).
-
-    pos: (B,) logits of two local views of one image; neg: (B,) of two images; 2 log 2 is chance
-    """
+    """-Omega, Eq. 6, as logistic loss: logits (B,) of one and of two images; 2 log 2 is chance."""
     return F.softplus(-pos.float()).mean() + F.softplus(neg.float()).mean()
 
 
@@ -367,10 +359,7 @@ class Model(nn.Module):
                                       nn.ReLU(), nn.Linear(256, 1))
 
     def forward(self, xg1, xg2, xl1, xl2):
-        """Views to lists of four p and four z (B, 2048), and three affinities (B,) of local pairs.
-
-        The affinities: of one image, for the encoder (L_ll); of one image and of two, for Omega.
-        """
+        """Views to four p, four z (B, 2048), logits (B,) for L_ll and, for Omega, pos and neg."""
         z = [self.g(self.f(x)) for x in (xg1, xg2, xl1, xl2)]  # batch statistics are one view's
         p = [self.h(one) for one in z]
         pair = torch.cat([z[2], z[3]], 1)  # (B, 4096)
@@ -412,10 +401,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
 
 
 def feature_std(z):
-    """Mean per-channel std of l2-normalised z (B, D), times sqrt(D) [SimSiam Fig. 2].
-
-    About 1 is healthy, 0 collapsed.
-    """
+    """Mean per-channel std of l2-normalised z (B, D) times sqrt(D): 1 healthy, 0 collapsed."""
     return F.normalize(z.detach().float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
 
 
