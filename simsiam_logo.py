@@ -509,7 +509,7 @@ def main(argv=None):
         "precision": precision, "torch": torch.__version__, "commit": commit()}) + "\n"]
     try:
         if args.save_views:
-            shown = data.train_images[:8]
+            shown = data.train_images[::max(1, count // 8)][:8]  # of several classes
             save_views(args.save_views, shown, augment(shown, args))
         log.parent.mkdir(parents=True, exist_ok=True)
         if saved:
@@ -522,8 +522,8 @@ def main(argv=None):
         os.replace(log.with_suffix(".tmp"), log)
     except (OSError, ValueError) as problem:
         fail(problem)
-    record = json.loads(lines[-1])
-    print(lines[-1], end="", flush=True)
+    record = json.loads(lines[-1])  # what a finished run returns when it is resumed
+    print(lines[0], end="", flush=True)
     if data.train_labels is None:
         print("kNN is off: labels need train/ and test/ or val/, with a folder a class", flush=True)
     writer, low = None, 0  # low: epochs in a row with a collapsed output
