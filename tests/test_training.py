@@ -139,6 +139,27 @@ def test_same_seed_same_weights_other_seed_others(script, flags, tmp_path):
     assert tree_equal(runs[0], runs[1]) and not tree_equal(runs[0], runs[2])
 
 
+def test_no_epoch_repeats_an_order_or_a_view(flags, monkeypatch):
+    """Every epoch meets every image once, in an order of its own, and draws views of its own."""
+    orders, views = [], set()
+    make, augment = simsiam.batches, simsiam.augment
+
+    def batches(images, order, *rest):
+        if len(order) == 40 and len(rest) == 3:  # training's call, which names workers
+            orders.append(order.tolist())
+        return make(images, order, *rest)
+
+    def augmented(x, args):
+        out = augment(x, args)
+        views.update(view.numpy().tobytes() for pair in out for view in pair)
+        return out
+    monkeypatch.setattr(simsiam, "batches", batches)
+    monkeypatch.setattr(simsiam, "augment", augmented)
+    simsiam.main(flags(simsiam, "--epochs", "3"))
+    assert len(orders) == 3 and all(sorted(order) == list(range(40)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0] and len(views) == 3 * 40 * 2
+
+
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_resume_is_bit_identical(script, flags, tmp_path, monkeypatch, stop):
     """Killed after an epoch's log line or its checkpoint: weights, momenta, queue and log end as if never stopped."""
