@@ -134,8 +134,8 @@ def draw_shapes(count, size=32, seed=0):
 
     labels = torch.randperm(count, generator=draw) % len(SHAPES)
     grid = torch.linspace(-1, 1, size)
-    x, y = grid - uniform(-0.3, 0.3), grid[:, None] - uniform(-0.3, 0.3)  # from the window's centre
-    window = torch.exp(-((x.square() + y.square()) / uniform(0.65, 1.05).square()).square())
+    x, y = grid - uniform(-0.25, 0.25), grid[:, None] - uniform(-0.25, 0.25)  # from the window's centre
+    window = torch.exp(-((x.square() + y.square()) / uniform(0.8, 1.2).square()).square())
     turn, scale = uniform(-math.pi / 9, math.pi / 9), uniform(9, 14)  # scale: radians a half image
     side = uniform(-1, 1).sign()  # diagonals and spirals: either hand
     u, v = scale * (x * turn.cos() - y * turn.sin()), scale * (x * turn.sin() + y * turn.cos())
@@ -151,9 +151,9 @@ def draw_shapes(count, size=32, seed=0):
         "spiral": torch.sin(radius + 3 * side * angle + a),
         "zigzag": torch.sin(v + 2 * torch.asin(torch.sin(u + b)) + a), "blobs": 2 * noise}
     pattern = torch.stack([patterns[name] for name in SHAPES], 1)[torch.arange(count), labels]
-    tint = 1 + uniform(-0.15, 0.15, channels=3)
-    contrast = uniform(0.3, 0.4) * uniform(-1, 1).sign()
-    images = uniform(0.45, 0.55) + contrast * pattern * window * tint
+    tint = 1 + uniform(-0.1, 0.1, channels=3)
+    contrast = uniform(0.35, 0.4) * uniform(-1, 1).sign()
+    images = uniform(0.48, 0.52) + contrast * pattern * window * tint
     images = images + 0.05 * uniform(-1, 1, pixels=size)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
