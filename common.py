@@ -134,7 +134,7 @@ def draw_shapes(count, size=32, seed=0):
 
     labels = torch.randperm(count, generator=draw) % len(SHAPES)
     grid = torch.linspace(-1, 1, size)
-    x, y = grid - uniform(-0.25, 0.25), grid[:, None] - uniform(-0.25, 0.25)  # from the window's centre
+    x, y = grid - uniform(-0.25, 0.25), grid[:, None] - uniform(-0.25, 0.25)  # window's centre: 0
     window = torch.exp(-((x.square() + y.square()) / uniform(0.8, 1.2).square()).square())
     turn, scale = uniform(-math.pi / 9, math.pi / 9), uniform(9, 14)  # scale: radians a half image
     side = uniform(-1, 1).sign()  # diagonals and spirals: either hand

@@ -28,9 +28,8 @@ Differences from the paper:
   four colour operations is drawn once a batch of views: each of them is one pass over the batch.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
 - L_gg is symmetric and every term weighs 1/2, so that L_gg / 2 is SimSiam's loss. The mean of the
-  six, as in the authors' MoCo-LoGo, trains the predictor too slowly: on shapes, 4 of 5 epochs, one
-  seed, 60.1 instead of 71.7 % kNN. There a predictor for each kind of view, which arXiv 2602.05845
-  needs on ImageNet, gave 54.8 instead of 60.1 % with the mean.
+  six, as in the authors' MoCo-LoGo, trained the predictor more slowly in short runs on shapes, and
+  so did a predictor for each kind of view, which arXiv 2602.05845 needs on ImageNet (one run each).
 - The affinity learns by a logistic loss, as in MoCo-LoGo (but without its noise), since Omega has
   no bound. It steps together with the encoder, not before it.
 """
