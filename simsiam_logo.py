@@ -28,8 +28,8 @@ Differences from the paper:
   four colour operations is drawn once a batch of views: each of them is one pass over the batch.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
 - L_gg is symmetric and every term weighs 1/2, so that L_gg / 2 is SimSiam's loss. The mean of the
-  six, as in the authors' MoCo-LoGo, trained the predictor more slowly in short runs on shapes, and
-  so did a predictor for each kind of view, which arXiv 2602.05845 needs on ImageNet (one run each).
+  six, as in the authors' MoCo-LoGo, ended lower on shapes, and so did a predictor for each kind of
+  view, which arXiv 2602.05845 needs on ImageNet: one short run each, within the scatter of seeds.
 - The affinity learns by a logistic loss, as in MoCo-LoGo (but without its noise), since Omega has
   no bound. It steps together with the encoder, not before it.
 """
@@ -72,15 +72,15 @@ def add_recipe(parser):
     add("--stop-gradient", action=argparse.BooleanOptionalAction, default=True,
         help="without it the output collapses [SimSiam Fig. 2]")
     add("--global-scale", type=number(float, 1e-3, 1), nargs=2, default=[0.2, 1.0],
-        metavar=("LOW", "HIGH"), help="global crops' share of the area [ours, measured]")
+        metavar=("LOW", "HIGH"), help="global crops' share of the area [SimSiam official code]")
     add("--local-scale", type=number(float, 1e-3, 1), nargs=2, default=[0.05, 0.4],
         metavar=("LOW", "HIGH"), help="local crops' share of the area [official main_logo.py]")
     add("--local-size", type=number(int, 8, 4096),
         help="pixels of a local view (default: 3/7 of the image above 64 pixels, else all) "
              "[official loader.py: 96 of 224, 32 of 32]")
-    add("--lam", type=number(float, 0, 1e3), default=1e-4, help="weight of L_ll [LoGo Sec. 4]")
+    add("--lam", type=number(float, 0, 1e3), default=1e-4, help="of L_ll [LoGo, second-hand]")
     add("--affinity", choices=("learned", "cosine"), default="learned",
-        help="similarity of two local views [LoGo Sec. 3.2]")
+        help="similarity of two local views [LoGo Eq. 6; official code, unused]")
     add("--affinity-lr", type=number(float, 1e-8, 1e3), default=0.03,
         help="the affinity's learning rate at batch 256, never decayed [official main_logo.py]")
 
