@@ -21,7 +21,7 @@ DATASETS = ("cifar10", "cifar100", "folder", "shapes")
 ARCHS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
          "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3)),
          "resnet152": (Bottleneck, (3, 8, 36, 3))}
-SHAPES = ("horizontal", "vertical", "diagonal", "checker", "grid", "rings", "spokes", "spiral",
+SHAPES = ("horizontal", "vertical", "diagonal", "checker", "plaid", "grid", "hexagons", "bricks",
           "zigzag", "blobs")
 
 
@@ -124,8 +124,9 @@ def _read_image(path, size):
 def draw_shapes(count, size=32, seed=0):
     """Draw textures of ten classes: images (count, 3, size, size) uint8 and labels (count,) int64.
 
-    Each sits in a soft window of random place and size, with random phase, scale, orientation
-    (+-20 degrees), contrast sign, faint tint and noise: only the pattern tells the class.
+    Each fills a soft window of random place and size, with random phase, scale, orientation (+-20
+    degrees), contrast of either sign, brightness, faint tint and noise. Any part of a texture shows
+    its class: a pattern that needs its centre, as rings do, would be lost in a random crop.
     """
     draw = torch.Generator().manual_seed(seed)
 
@@ -136,24 +137,26 @@ def draw_shapes(count, size=32, seed=0):
     grid = torch.linspace(-1, 1, size)
     x, y = grid - uniform(-0.25, 0.25), grid[:, None] - uniform(-0.25, 0.25)  # window's centre: 0
     window = torch.exp(-((x.square() + y.square()) / uniform(0.8, 1.2).square()).square())
-    turn, scale = uniform(-math.pi / 9, math.pi / 9), uniform(9, 14)  # scale: radians a half image
-    side = uniform(-1, 1).sign()  # diagonals and spirals: either hand
+    turn, scale = uniform(-math.pi / 9, math.pi / 9), uniform(9, 18)  # scale: radians a half image
     u, v = scale * (x * turn.cos() - y * turn.sin()), scale * (x * turn.sin() + y * turn.cos())
-    radius, angle = torch.hypot(u, v), torch.atan2(v, u)
     a, b = uniform(0, 2 * math.pi), uniform(0, 2 * math.pi)  # phases
+    third, half = math.sin(math.pi / 3) * u, v / 2  # third +- half: waves at 120 degrees to v
+    shift = math.pi / 2 * torch.cos(half + a / 2).sign()  # every other row of bricks
     noise = nn.functional.interpolate(uniform(-1, 1, pixels=8), (size, size), mode="bicubic")
     patterns = {  # in the order of SHAPES
         "horizontal": torch.sin(v + a), "vertical": torch.sin(u + a),
-        "diagonal": torch.sin((u + side * v) / 2**0.5 + a),
+        "diagonal": torch.sin((u + uniform(-1, 1).sign() * v) / 2**0.5 + a),  # either hand
         "checker": 1.5 * torch.sin(u + a) * torch.sin(v + b),
+        "plaid": 0.75 * (torch.sin(u + a) + torch.sin(v + b)),
         "grid": 2 * torch.maximum(torch.sin(u + a), torch.sin(v + b)) - 1,
-        "rings": torch.sin(radius + a), "spokes": torch.sin(7 * angle + a),
-        "spiral": torch.sin(radius + 3 * side * angle + a),
+        "hexagons": (torch.sin(v + a) + torch.sin(third - half + b)
+                     - torch.sin(third + half + a + b)) / 1.5,
+        "bricks": 2 * torch.maximum(torch.sin(v + a), torch.sin(u / 2 + b + shift)) - 1,
         "zigzag": torch.sin(v + 2 * torch.asin(torch.sin(u + b)) + a), "blobs": 2 * noise}
     pattern = torch.stack([patterns[name] for name in SHAPES], 1)[torch.arange(count), labels]
     tint = 1 + uniform(-0.1, 0.1, channels=3)
-    contrast = uniform(0.35, 0.4) * uniform(-1, 1).sign()
-    images = uniform(0.48, 0.52) + contrast * pattern * window * tint
+    contrast = uniform(0.2, 0.4) * uniform(-1, 1).sign()
+    images = uniform(0.4, 0.6) + contrast * pattern * window * tint
     images = images + 0.05 * uniform(-1, 1, pixels=size)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
