@@ -24,10 +24,10 @@ SECTIONS = ["1. Imports (shared)", "2. Recipe (method)", "3. Options (shared)", 
 BANNER = re.compile(r"(?m)^# =+ (.*?) =+\n")
 FENCE = re.compile(r"(?ms)^ *# <method>\n(.*?)^ *# </method>\n")
 ALLOWED = {"torch", "torchvision", "numpy", "common"}
-# Lines: a script; its fences; its main, common.py, a pair's diff, what LoGo removes of SimSiam; characters a line.
+# Lines: a script; its fences; its main, common.py, linear_eval.py, a pair's diff, what LoGo removes of SimSiam; characters a line.
 LINES = {"simclr": 600, "moco": 645, "simsiam": 565, "simsiam_logo": 615}
 FENCES = {"simclr": 14, "moco": 20, "simsiam": 14, "simsiam_logo": 40}
-MAIN, COMMON, PAIR, REMOVED, WIDTH = 132, 280, 245, 25, 100
+MAIN, COMMON, EVAL, PAIR, REMOVED, WIDTH = 132, 280, 560, 245, 25, 100
 
 
 def sections(text):
@@ -91,11 +91,13 @@ def test_the_four_scripts_keep_the_form():
     assert not problems(read())
 
 
-def test_common_keeps_the_form():
-    text = (ROOT / "common.py").read_text()
+@pytest.mark.parametrize("name, lines, allowed", [("common", COMMON, {"torch", "torchvision", "numpy"}),
+                                                  ("linear_eval", EVAL, {"torch", "torchvision", "common"})])
+def test_the_other_files_keep_the_form(name, lines, allowed):
+    text = (ROOT / f"{name}.py").read_text()
     imports = set().union(*(top(n) for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.Import, ast.ImportFrom))))
-    assert imports - set(sys.stdlib_module_names) == {"torch", "torchvision", "numpy"}
-    assert text.count("\n") <= COMMON and max(map(len, text.splitlines())) <= WIDTH
+    assert imports - set(sys.stdlib_module_names) == allowed
+    assert text.count("\n") <= lines and max(map(len, text.splitlines())) <= WIDTH
 
 
 MUTATIONS = {
@@ -134,10 +136,10 @@ def test_logo_keeps_simsiam():
 
 def test_public_functions_are_explained():
     """Every public function and class has a docstring of at most eight lines."""
-    for name in (*SCRIPTS, "common"):
+    for name in (*SCRIPTS, "common", "linear_eval"):
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                inner = node.name in ("forward", "error", "parse", "weights", "draw", "uniform", "gather", "step")
+                inner = node.name in ("forward", "error", "parse", "weights", "draw", "uniform", "gather", "step", "closure")
                 doc = ast.get_docstring(node)
                 assert inner or doc, f"{name}.{node.name}"
                 assert not doc or doc.count("\n") < 8, f"{name}.{node.name}"
@@ -148,8 +150,9 @@ def test_the_names_users_import():
     for module, names in {
             "simclr": {"nt_xent": "z1 z2 tau", "LARS": None}, "moco": {"info_nce": "q k queue tau", "momentum_update": "f f_k m", "enqueue": "queue ptr k"},
             "simsiam": {"neg_cosine": "p z stop_gradient"}, "simsiam_logo": {"neg_cosine": "p z stop_gradient", "affinity_loss": "pos neg"},
+            "linear_eval": {"parse_args": "argv", "main": "argv"},
             "common": {"load_dataset": "name data_dir image_size", "resnet": "arch width stem", "normalize": "x mean std"}}.items():
-        shared = {} if module == "common" else {
+        shared = {} if module in ("common", "linear_eval") else {
             "crop_resize": "x boxes size", "random_resized_crop": "x size scale ratio generator", "adjust_hue": "x factor", "grayscale": "x",
             "gaussian_blur": "x sigma", "augment": "x args generator", "learning_rate": "step total_steps base warmup_steps",
             "knn_accuracy": "bank bank_labels queries labels num_classes k tau", "parse_args": "argv", "main": "argv"}

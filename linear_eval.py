@@ -1,0 +1,531 @@
+"""Judge a backbone: linear, fine-tuned or from scratch, all or few labels, kNN, pictures, export.
+
+    python linear_eval.py runs/simclr/checkpoint.pt
+    python linear_eval.py resnet50.pth --arch resnet50 --dataset folder --data-dir imagenet100
+
+--mode linear    a linear classifier on the frozen backbone: evaluation mode, no gradient, so that
+                 its weights and batch norm buffers keep every bit. Features of an image are
+                 computed once and the classifier fitted by L-BFGS, which has no rates to tune;
+                 --augment trains it by SGD on random crops and flips instead.
+--mode finetune  backbone and classifier are trained together, from the checkpoint.
+--mode scratch   the same network from random weights: the supervised baseline.
+
+Accuracies are percent of the whole test set after the last epoch; nothing is chosen by them. The
+kNN table is of the backbone before any training here; --label-fraction hides labels from it too.
+
+CHECKPOINT is one of the four scripts', or any file of weights in torchvision's names: a plain
+state dict or {"state_dict": ...}, with --prefix cut off; what is under fc. is a head and left out.
+
+Differences from the papers:
+- The classifier has a batch norm without affine in front, as in MAE (He et al. 2111.06377, App. A):
+  features differ by orders of magnitude between methods, and one setting must fit all.
+"""
+
+# =================== 1. Imports ===================
+import argparse
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import save_image
+
+from common import ARCHS, DATASETS, batches, load_dataset, normalize, resident, resnet
+
+RECIPES = {  # epochs, learning rate at batch 256, weight decay
+    "linear": (100, 0.1, 0.0),  # [ours: 100 as the MoCo CIFAR demo]; iterations of L-BFGS
+    "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5]
+    "scratch": (100, 0.1, 5e-4)}  # [He et al. 1512.03385 Sec. 4.2, with the four scripts' decay]
+FOREIGN = {"dataset": "cifar10", "data_dir": "data", "image_size": None, "arch": "resnet18",
+           "width": 1.0}  # what weights that are not ours do not tell
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of torchvision's weights
+
+
+# =================== 2. Options ===================
+def fail(message, status=2):
+    """End the program with one line on standard error."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that ends wrong input with one line."""
+
+    def error(self, message):
+        fail(message)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
+
+
+def number(kind, low, high):
+    """An argparse type: an int or a float from low to high; nan and inf are outside."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"  # "invalid whole number value"
+    return parse
+
+
+def parse_args(argv=None):
+    """Read the flags; make all checks that need no file; end wrong ones in one line, status 2."""
+    parser = Parser(description=__doc__.split("\n")[0], usage="%(prog)s CHECKPOINT [flags]",
+                    formatter_class=Help, allow_abbrev=False)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="ours, or foreign weights")
+    add = parser.add_argument_group("judge").add_argument
+    add("--mode", choices=RECIPES, default="linear", help="what is trained")
+    add("--epochs", type=number(int, 1, 10**6),
+        help="passes, or iterations of L-BFGS (default: 100, finetune 30)")
+    add("--lr", type=number(float, 1e-8, 1e3),
+        help="at batch 256, scaled linearly with the batch (default: 0.1, finetune 0.05)")
+    add("--weight-decay", type=number(float, 0, 1), help="(default: 0, scratch 5e-4)")
+    add("--augment", action="store_true",
+        help="random crops and flips in linear mode; the other modes always have them")
+    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0,
+        help="share of each class that keeps its labels, at least one image")
+    add("--head-layers", type=number(int, 0, 10), default=0,
+        help="layers of the projector to keep [SimCLR v2 Sec. 2]")
+    add("--knn", type=number(int, 1, 10**6), nargs="*", default=[1, 5, 20, 200], metavar="K",
+        help="neighbours, a kNN accuracy each; none: no kNN")
+    add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
+        help="temperature of a neighbour's vote [MoCo CIFAR demo]")
+    add = parser.add_argument_group("data, if not the checkpoint's").add_argument
+    add("--dataset", choices=DATASETS, help="may be another than in pre-training: transfer")
+    add("--data-dir", help="where it lies or is downloaded to")
+    add("--image-size", type=number(int, 8, 4096), help="pixels")
+    add("--mean", type=number(float, -10, 10), nargs=3, metavar=("R", "G", "B"),
+        help="of the pixels in [0, 1] (default: the checkpoint's; for foreign weights ImageNet's)")
+    add("--std", type=number(float, 1e-6, 10), nargs=3, metavar=("R", "G", "B"), help="likewise")
+    add("--workers", type=number(int, 1, 1024), default=os.cpu_count() or 1,
+        help="threads that gather batches of images that do not fit on the device")
+    add = parser.add_argument_group("network, if not the checkpoint's").add_argument
+    add("--arch", choices=ARCHS, help="backbone (default for foreign weights: resnet18)")
+    add("--width", type=number(float, 0.25, 16), help="times every channel count")
+    add("--stem", choices=("cifar", "imagenet"), help="(default: by the size of conv1)")
+    add("--prefix", help="of the backbone in foreign weights: module.encoder_q.")
+    add = parser.add_argument_group("run").add_argument
+    add("--batch-size", type=number(int, 2, 10**6), default=256, help="images a step")
+    add("--seed", type=number(int, 0, 10**9), default=0, help="of all random numbers")
+    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="auto: the best")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="auto: bf16 on CUDA, else fp32")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", help="folder of the results in JSON (default: the checkpoint's)")
+    add("--neighbours", metavar="PNG", help="draw ten images and the ten nearest to each")
+    add("--map", metavar="PNG", help="draw the images in the plane of their principal components")
+    add("--export", metavar="PTH", help="write the backbone alone, in torchvision's names")
+    add("--tensorboard", action="store_true", help="write the embedding projector's files to --out")
+    args = parser.parse_args(argv)
+    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
+        fail(f"--device {args.device}: this machine has none; use --device auto or cpu")
+    for path in filter(None, (args.neighbours, args.map, args.export)):
+        if not Path(path).resolve().parent.is_dir():
+            fail(f"cannot write {path}: its folder does not exist")
+    if args.mode == "linear" and not args.augment and (args.lr or args.weight_decay) is not None:
+        fail("--lr and --weight-decay are for --augment, finetune and scratch: L-BFGS has neither")
+    if args.mode == "scratch" and args.head_layers:
+        fail("--head-layers keeps what --mode scratch throws away")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        fail("--tensorboard needs a package: pip install tensorboard")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("this script runs in one process: start it with python, not with torchrun")
+    return args
+
+
+# =================== 3. Augmentation ===================
+def crop_resize(x, boxes, size):
+    """Cut a box from each image and resize it, as torchvision's resized_crop(antialias=False).
+
+    x: (N, 3, H, W); boxes: (N, 4) top, left, height, width in pixels
+    Returns (N, 3, size, size) float32. Each axis is a product with a matrix whose row i holds the
+    weights 1 - |at_i - j| of the two pixels j around the point at_i, which stays inside the box.
+    """
+    def weights(start, length, pixels):
+        at = (torch.arange(size, device=x.device) + 0.5) * (length / size)[:, None] - 0.5
+        at = torch.minimum(at.clamp_(min=0), length[:, None] - 1) + start[:, None]
+        distance = (at[:, :, None] - torch.arange(pixels, device=x.device)).abs_()
+        return distance.neg_().add_(1).clamp_(min=0)  # (N, size, pixels)
+
+    top, left, height, width = boxes.float().unbind(1)
+    rows, columns = weights(top, height, x.shape[2]), weights(left, width, x.shape[3])
+    return rows[:, None] @ x.float() @ columns[:, None].mT
+
+
+def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
+    """Crop a random box of each image, as RandomResizedCrop does: ten tries, then the centre.
+
+    x: (N, 3, H, W); scale: the box's share of the area; ratio: width / height
+    Returns (N, 3, size, size) float32.
+    """
+    n, _, h, w = x.shape
+    u = torch.rand(4, n, 10, generator=generator, device=x.device)
+    area = h * w * (scale[0] + (scale[1] - scale[0]) * u[0])
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** u[1]  # log-uniform
+    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (N, 10)
+    fits = (width > 0) & (width <= w) & (height > 0) & (height <= h)
+    none, first = ~fits.any(1), fits.int().argmax(1, keepdim=True)
+    # The fallback is the largest centred box whose ratio is allowed.
+    width = width.gather(1, first)[:, 0].where(~none, min(w, round(h * ratio[1])))
+    height = height.gather(1, first)[:, 0].where(~none, min(h, round(w / ratio[0])))
+    spare = torch.stack([h - height, w - width])  # (2, N) pixels above and left of the lowest box
+    top, left = torch.where(none, spare // 2, (u[2:, :, 0] * (spare + 1)).floor().minimum(spare))
+    return crop_resize(x, torch.stack([top, left, height, width], 1), size)
+
+
+def random_flip(x, generator=None):
+    """Mirror each image left to right with probability 1/2."""
+    flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
+    return torch.where(flip, x.flip(3), x)
+
+
+# =================== 4. Backbone ===================
+def read_weights(path, prefix=None):
+    """Read a checkpoint as (backbone's state dict, all of ours or {} for foreign weights).
+
+    prefix: what the backbone's names begin with in foreign weights; names without it are left out
+    Raises ValueError, in one line, for a file that is not weights or that carries code.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path}") from None
+    except Exception as problem:  # a damaged file raises whatever the unpickler meets
+        raise ValueError(f"{path} is not a file of weights ({type(problem).__name__})") from None
+    ours = (isinstance(saved, dict) and {"backbone", "model"} <= saved.keys()
+            and isinstance(saved.get("args"), dict))
+    weights = saved
+    if isinstance(saved, dict):
+        weights = saved["backbone"] if ours else saved.get("state_dict", saved)
+    if not isinstance(weights, dict) or not all(torch.is_tensor(x) for x in weights.values()):
+        raise ValueError(f"{path} holds no state dict: expected names of parameters and tensors")
+    prefix = prefix or ""
+    kept = {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
+    if "conv1.weight" not in kept:
+        found = next((key for key in weights if key.endswith("conv1.weight")), None)
+        hint = f"try --prefix {found.removesuffix('conv1.weight')}" if found else "no ResNet in it"
+        raise ValueError(f"{path} has no weights {prefix}conv1.weight: {hint}")
+    return {key: x for key, x in kept.items() if not key.startswith("fc.")}, saved if ours else {}
+
+
+def load_backbone(weights, arch, width, stem):
+    """A backbone with exactly these weights; ValueError lists what is missing or left over."""
+    f = resnet(arch, width, stem)
+    ours = f.state_dict()
+    # Weights saved before PyTorch 0.4.1 do not count batches; nothing here needs the count.
+    missing = [x for x in ours if x not in weights and not x.endswith("num_batches_tracked")]
+    wrong = [f"{key} is {tuple(x.shape)} and not {tuple(ours[key].shape)}"
+             for key, x in weights.items() if key in ours and x.shape != ours[key].shape]
+    for what, keys in (("missing", missing), ("unexpected", [x for x in weights if x not in ours]),
+                       ("of another shape", wrong)):
+        if keys:
+            more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
+            raise ValueError(f"the weights are not a {arch} of width {width:g} with the {stem} stem"
+                             f" (--arch, --width, --stem); {what}: {', '.join(keys[:10])}{more}")
+    f.load_state_dict(weights, strict=False)
+    return f
+
+
+def load_head(saved, count):
+    """The first `count` linear layers of a checkpoint's projector, each with what follows it."""
+    weights = {key[2:]: x for key, x in saved.get("model", {}).items() if key.startswith("g.")}
+    layers, linear = [], 0
+    for i in range(1 + max((int(key.split(".")[0]) for key in weights), default=-1)):
+        mine = {key.split(".")[1]: x for key, x in weights.items() if key.startswith(f"{i}.")}
+        linear += mine.get("weight", torch.empty(0)).ndim == 2
+        if linear > count:
+            break
+        if "running_mean" in mine:
+            layers.append(nn.BatchNorm1d(len(mine["running_mean"]), affine="weight" in mine))
+        elif mine:
+            layers.append(nn.Linear(*mine["weight"].T.shape, bias="bias" in mine))
+        else:
+            layers.append(nn.ReLU())  # has no parameters
+        layers[-1].load_state_dict(mine)
+    if linear < count:
+        raise ValueError(f"--head-layers {count}: the checkpoint's projector has {linear} layers")
+    return nn.Sequential(*layers)
+
+
+def few_labels(labels, share, seed):
+    """Indices (n,) of a share of each class, at least one image; labels (N,) int64."""
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=draw)
+    parts = [order[labels[order] == label] for label in labels.unique()]
+    return torch.cat([part[:max(1, round(share * len(part)))] for part in parts])
+
+
+# =================== 5. kNN ===================
+@torch.no_grad()
+def features(f, images, mean, std, batch_size, autocast):
+    """The frozen backbone's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32."""
+    training, out = f.training, []
+    f.eval()
+    for x in batches(images, torch.arange(len(images)), batch_size, mean.device):
+        with autocast():
+            out.append(f(normalize(x, mean, std)).float())
+    f.train(training)
+    return torch.cat(out)
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1):
+    """Percent of queries whose k nearest of the bank elect the right class, Wu et al. 1805.01978.
+
+    bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
+    Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
+    """
+    bank, k = F.normalize(bank, dim=1).T, min(k, len(bank))
+    right, chunk = 0, max(1, 2**25 // bank.shape[1])  # 128 MiB of similarities at a time
+    for query, label in zip(queries.split(chunk), labels.split(chunk)):
+        cosine, index = (F.normalize(query, dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
+        votes = torch.zeros(len(query), num_classes, device=bank.device)
+        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
+        votes.scatter_add_(1, bank_labels[index], vote)
+        right = right + (votes.argmax(1) == label).sum()
+    return 100 * right.item() / len(queries)
+
+
+# =================== 6. Pictures ===================
+def frame(images, colors):
+    """Enlarge images (N, 3, H, W) uint8 to 64 pixels or more and frame them in colors (N, 3)."""
+    scale = math.ceil(64 / images.shape[3])
+    big = F.pad((images / 255).repeat_interleave(scale, 2).repeat_interleave(scale, 3), (3,) * 4)
+    edge = F.pad(torch.zeros(big.shape[2] - 6, big.shape[3] - 6), (3,) * 4, value=1.0)
+    return torch.lerp(big, colors[:, :, None, None].expand_as(big), edge)
+
+
+def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, labels):
+    """Ten rows, spread over the set: an image, then its ten nearest of the bank, nearest first.
+
+    A neighbour's frame is green for the query's class, red for another, grey without labels.
+    queries: (M, D) features of images (M, 3, H, W); the bank's images if images is bank_images
+    """
+    rows, green, red, grey = [], *torch.tensor([[0.1, 0.7, 0.2], [0.9, 0.1, 0.1], [0.6, 0.6, 0.6]])
+    for i in torch.linspace(0, len(queries) - 1, min(10, len(queries))).long().tolist():
+        cosine = F.normalize(bank, dim=1) @ F.normalize(queries[i], dim=0)
+        if images is bank_images:
+            cosine[i] = -math.inf  # not its own neighbour
+        near = cosine.topk(min(10, len(bank))).indices.cpu()
+        colors = [grey] * len(near) if labels is None else [
+            green if label == labels[i] else red for label in bank_labels[near]]
+        shown = torch.cat([images[i:i + 1], bank_images[near]]).cpu()
+        rows.append(frame(shown, torch.stack([torch.ones(3), *colors])))
+    save_image(torch.cat(rows), path, nrow=len(rows[0]), pad_value=1.0)
+
+
+def draw_map(path, queries, images, labels, side=30):
+    """At most side x side images by their first two principal components, spread to a full grid.
+
+    The images are cut into columns along the first component, each column is sorted by the second:
+    neighbours stay neighbours, and none hides another. A frame's colour is a class.
+    """
+    side = min(side, math.isqrt(len(queries)))
+    some = torch.linspace(0, len(queries) - 1, side**2).long()
+    images, labels = (x if x is None else x[some].cpu() for x in (images, labels))
+    x = F.normalize(queries.cpu().double(), dim=1)
+    x = x - x.mean(0)
+    plane = x[some] @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:].flip(1)  # (n, 2)
+    columns = plane[:, 0].argsort().view(side, side)
+    grid = torch.stack([column[plane[column, 1].argsort()] for column in columns], 1).flatten()
+    colors = torch.ones(len(some), 3)
+    if labels is not None:
+        hue = labels[:, None] / (labels.max() + 1) - torch.tensor([0, 1 / 3, 2 / 3])
+        colors = 0.5 + 0.5 * torch.cos(2 * math.pi * hue)
+    save_image(frame(images, colors)[grid], path, nrow=side, pad_value=1.0)
+
+
+# =================== 7. Training ===================
+def commit():
+    """The commit of these files, "-dirty" if they were changed since, None outside a checkout."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        return None
+
+
+def fit(head, bank, labels, iterations):
+    """Logistic regression by L-BFGS with scikit-learn's default penalty: no learning rate to tune.
+
+    head: batch norm without affine, whose statistics become the bank's, and linear layer
+    bank: (N, D) float32 features and labels: (N,), both on the device, summed over in parts
+    """
+    norm, linear = head.eval()
+    var, norm.running_mean = bank.var(0, unbiased=False), bank.mean(0)
+    norm.eps, norm.running_var = 0.0, var.clamp(min=1e-12 * var.max() + 1e-30)  # at any scale
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, max_eval=2 * iterations,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = linear.weight.square().sum() / (2 * len(bank))  # C = 1
+        loss.backward()
+        for x, y in zip(bank.split(2**16), labels.split(2**16)):
+            part = F.cross_entropy(head(x), y, reduction="sum") / len(bank)
+            part.backward()
+            loss = loss.detach() + part.detach()
+        return loss
+
+    optimizer.step(closure)
+    print(f"loss={closure().item():.4g}", flush=True)
+
+
+def train(network, head, keep, data, args, recipe, autocast):
+    """SGD on random crops and flips: of the head, and in two modes of the network too.
+
+    keep: (n,) indices of the images whose labels may be used; recipe: one of RECIPES
+    """
+    epochs, lr, decay = recipe
+    # Few labels: at least 16 steps an epoch, or 1 % of CIFAR-10 would be two.
+    batch = min(args.batch_size, max(8, len(keep) // 16), len(keep))
+    steps, frozen = len(keep) // batch, args.mode == "linear"
+    network.requires_grad_(not frozen)
+    parameters = [*head.parameters(), *(() if frozen else network.parameters())]
+    optimizer = torch.optim.SGD(parameters, lr * batch / 256, 0.9,  # linear scaling, 1706.02677
+                                weight_decay=decay, nesterov=True)  # [SimCLR App. B.5]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    for epoch in range(1, epochs + 1):
+        torch.manual_seed(args.seed * 10**6 + epoch)
+        order = keep[torch.randperm(len(keep))[:steps * batch]]
+        network.train(not frozen)
+        total, start = 0, time.perf_counter()
+        for x, y in zip(batches(data.train_images, order, batch, data.mean.device, args.workers),
+                        data.train_labels[order].split(batch)):
+            optimizer.zero_grad()
+            x = random_resized_crop(x.float() / 255, x.shape[3], (0.08, 1.0))  # [SimCLR App. B.5]
+            with torch.set_grad_enabled(not frozen), autocast():
+                x = network(normalize(random_flip(x), data.mean, data.std))
+            loss = F.cross_entropy(head(x.float()), y)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+        loss = total.item() / steps
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} at epoch {epoch}: try a lower --lr", status=1)
+        print(f"epoch={epoch} loss={loss:.4g} seconds={time.perf_counter() - start:.3g}",
+              flush=True)
+
+
+def classify(network, bank, queries, keep, data, args, autocast):
+    """Train a classifier as --mode says; returns top-1 and top-5 in percent of the test images.
+
+    bank, queries: features of data's images; keep: (n,) indices of the labels that may be used
+    """
+    recipe = [default if value is None else value for value, default in zip(
+        (args.epochs, args.lr, args.weight_decay), RECIPES[args.mode])]
+    head = nn.Sequential(nn.BatchNorm1d(bank.shape[1], affine=False),  # [MAE App. A]
+                         nn.Linear(bank.shape[1], len(data.classes))).to(bank.device)
+    if args.mode == "linear" and not args.augment:
+        fit(head, bank[keep], data.train_labels[keep], recipe[0])
+    else:
+        train(network, head, keep, data, args, recipe, autocast)
+    if args.mode != "linear":
+        queries = features(network, data.test_images, data.mean, data.std, args.batch_size,
+                           autocast)
+    with torch.no_grad():
+        best = head.eval()(queries).topk(min(5, len(data.classes))).indices
+    right = best == data.test_labels[:, None]
+    return {"top1": 100 * right[:, 0].sum().item() / len(right),
+            "top5": 100 * right.any(1).sum().item() / len(right)}
+
+
+def main(argv=None):
+    """Judge a checkpoint: print one line, return its numbers as a dict, write them as JSON."""
+    args, start = parse_args(argv), time.perf_counter()
+    device = torch.device(next(kind for kind in ("cuda", "mps", "cpu") if args.device in
+                               (kind, "auto") and getattr(torch, kind).is_available()))
+    precision = args.precision.replace("auto", "bf16" if device.type == "cuda" else "fp32")
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, precision == "bf16")
+    out = Path(args.out or Path(args.checkpoint).parent)
+    torch.manual_seed(args.seed)
+    try:
+        weights, saved = read_weights(args.checkpoint, args.prefix)
+        theirs = {**FOREIGN, **saved.get("args", {})}
+        arch, width = args.arch or theirs["arch"], args.width or theirs["width"]
+        small = weights["conv1.weight"].shape[-1:] == (3,)  # a CIFAR stem
+        stem = args.stem or ("cifar" if small else "imagenet")
+        f = load_backbone(weights, arch, width, stem)
+        if args.mode == "scratch":
+            f = resnet(arch, width, stem)
+        network = nn.Sequential(f, *load_head(saved, args.head_layers))
+        large = theirs["dataset"] == "folder" if saved else not small
+        size = args.image_size or theirs["image_size"] or (224 if large else 32)
+        name = args.dataset or theirs["dataset"]
+        root = args.data_dir or (theirs if name == theirs["dataset"] else FOREIGN)["data_dir"]
+        data = load_dataset(name, root, size)
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as problem:
+        fail(problem)
+    mean, std = (torch.as_tensor(x, device=device) for x in (
+        args.mean or saved.get("mean", IMAGENET[0]), args.std or saved.get("std", IMAGENET[1])))
+    on_device = [None if x is None else resident(x, device) for x in data[:4]]
+    data = data._make([*on_device, data.classes, mean, std])
+    network = network.to(device, memory_format=torch.channels_last)
+    encode = partial(features, network, mean=mean, std=std, batch_size=args.batch_size,
+                     autocast=autocast)
+    bank = encode(data.train_images)
+    shown = (bank, data.train_images, None)  # a folder without splits
+    if data.test_labels is not None:
+        shown = (encode(data.test_images), data.test_images, data.test_labels)
+    try:
+        if args.neighbours:
+            draw_neighbours(args.neighbours, bank, data.train_images, data.train_labels, *shown)
+        if args.map:
+            draw_map(args.map, *shown)
+    except (OSError, ValueError) as problem:
+        fail(problem)
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        vectors, pictures, labels = (  # a sprite has at most 8192 x 8192 pixels
+            None if x is None else x[:(8192 // size) ** 2].cpu() for x in shown)
+        names = None if labels is None else [data.classes[i] for i in labels]
+        with SummaryWriter(str(out)) as writer:
+            writer.add_embedding(vectors, names, pictures / 255)
+
+    results, keep = {}, ()
+    if data.train_labels is None:
+        print("no labels: no accuracies", flush=True)
+    else:
+        keep = few_labels(data.train_labels.cpu(), args.label_fraction, args.seed)
+        table = {f"knn{k}": knn_accuracy(bank[keep], data.train_labels[keep], shown[0], shown[2],
+                                         len(data.classes), k, args.knn_tau) for k in args.knn}
+        results = {**classify(network, bank, shown[0], keep, data, args, autocast), **table}
+        print(" ".join(f"{key}={value:.2f}" for key, value in results.items()),
+              f"tau={args.knn_tau:g}", flush=True)
+    parts = [args.mode, "" if name == theirs["dataset"] else name,
+             "" if args.label_fraction == 1 else f"{args.label_fraction:g}",
+             f"head{args.head_layers}" if args.head_layers else ""]
+    try:
+        if args.export:
+            torch.save(f.state_dict(), args.export)
+        (out / f"eval_{'_'.join(filter(None, parts))}.json").write_text(json.dumps({
+            **results, "args": vars(args), "method": saved.get("method"),
+            "epoch": saved.get("epoch"), "images": len(data.train_images), "labels": len(keep),
+            "test_images": len(data.test_images), "features": bank.shape[1],
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+            "precision": precision, "torch": torch.__version__, "commit": commit(),
+            "seconds": time.perf_counter() - start}) + "\n")
+    except OSError as problem:
+        fail(problem)
+    return results
+
+
+if __name__ == "__main__":
+    main()
