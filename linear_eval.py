@@ -271,11 +271,15 @@ def few_labels(labels, share, seed):
 
 # =================== 5. kNN ===================
 @torch.no_grad()
-def features(f, images, mean, std, batch_size, autocast):
-    """The frozen backbone's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32."""
+def features(f, images, mean, std, batch_size, autocast, rank=0, world=1):
+    """The frozen backbone's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32.
+
+    With more processes, of every world-th image from rank on, the last one again to fill up.
+    """
     training, out = f.training, []
+    share = torch.arange(rank, -(-len(images) // world) * world, world).clamp(max=len(images) - 1)
     f.eval()
-    for x in batches(images, torch.arange(len(images)), batch_size, mean.device):
+    for x in batches(images, share, batch_size, mean.device):
         with autocast():
             out.append(f(normalize(x, mean, std)).float())
     f.train(training)

@@ -38,6 +38,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.utils import save_image
@@ -144,9 +145,37 @@ def parse_args(argv=None):
         fail(f"--device {args.device}: this machine has none; use --device auto or cpu")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         fail("--tensorboard needs a package: pip install tensorboard")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("this script runs in one process: start it with python, not with torchrun")
+    if args.batch_size % processes()[1] or args.batch_size < 2 * processes()[1]:
+        fail(f"--batch-size {args.batch_size} cannot be split over {processes()[1]} processes: "
+             "each needs the same number of images, at least 2")
     return args
+
+
+def processes():
+    """This process's rank, how many there are, and its rank on this machine, from torchrun."""
+    return (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)),
+            int(os.environ.get("LOCAL_RANK", 0)))
+
+
+class Gather(torch.autograd.Function):
+    """Join the rows of all processes; a row's gradient is the sum of what all made of it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    """Tensors x (N, ...) of all processes as one, in the order of their ranks, with gradient."""
+    return Gather.apply(x.contiguous()) if dist.is_initialized() else x
 
 
 # =================== 4. Augmentation: operations (shared) ===================
@@ -349,6 +378,8 @@ class LARS(torch.optim.Optimizer):
 class Model(nn.Module):
     """f and g of Algorithm 1; base_encoder() makes a backbone that has `num_features`."""
 
+    sync_bn = True  # more GPUs: the batch's statistics, not a part's [SimCLR Sec. 2.2]
+
     def __init__(self, base_encoder, args):
         super().__init__()
         self.f = base_encoder()
@@ -365,11 +396,15 @@ class Model(nn.Module):
 
 # =================== 7. kNN monitor (shared) ===================
 @torch.no_grad()
-def features(f, images, mean, std, batch_size, autocast):
-    """The frozen backbone's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32."""
+def features(f, images, mean, std, batch_size, autocast, rank=0, world=1):
+    """The frozen backbone's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32.
+
+    With more processes, of every world-th image from rank on, the last one again to fill up.
+    """
     training, out = f.training, []
+    share = torch.arange(rank, -(-len(images) // world) * world, world).clamp(max=len(images) - 1)
     f.eval()
-    for x in batches(images, torch.arange(len(images)), batch_size, mean.device):
+    for x in batches(images, share, batch_size, mean.device):
         with autocast():
             out.append(f(normalize(x, mean, std)).float())
     f.train(training)
@@ -461,6 +496,7 @@ def report(record, log, writer):
 def main(argv=None):
     """Train; log, monitor and save every epoch; return the last epoch's metrics as a dict."""
     args = parse_args(argv)
+    rank, world, local_rank = processes()
     device = torch.device(next(kind for kind in ("cuda", "mps", "cpu") if args.device in
                                (kind, "auto") and getattr(torch, kind).is_available()))
     precision = args.precision.replace("auto", "bf16" if device.type == "cuda" else "fp32")
@@ -470,11 +506,20 @@ def main(argv=None):
     if path.exists() and not (args.resume or args.overwrite):
         fail(f"{args.out} already holds a run: --resume goes on with it, --overwrite replaces it")
     saved = load_checkpoint(path, args) if args.resume else None
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
     stem = args.stem.replace("auto", "cifar" if size <= 64 else "imagenet")
     try:
+        if world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         model = Model(partial(resnet, args.arch, args.width, stem), args)
+        if local_rank > 0:
+            dist.barrier()  # one process a machine downloads, then the others read
         data = load_dataset(args.dataset, args.data_dir, size)
+        if world > 1 and local_rank == 0:
+            dist.barrier()
     except ValueError as problem:
         fail(problem)
     count, steps = len(data.train_images), len(data.train_images) // args.batch_size
@@ -483,8 +528,13 @@ def main(argv=None):
     images, test_images = (resident(x, device) for x in (data.train_images, data.test_images))
     mean, std = data.mean.to(device), data.std.to(device)
     model = model.to(device, memory_format=torch.channels_last)
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    network = torch.compile(model) if compiled else model
+    network = model
+    if world > 1:
+        if device.type == "cuda" and Model.sync_bn:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        network = nn.parallel.DistributedDataParallel(model)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        network = torch.compile(network)
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
     # <method>
     if args.optimizer == "lars":
@@ -497,9 +547,10 @@ def main(argv=None):
         "args": vars(args), "lr": lr, "images": count, "test_images": len(test_images),
         "parameters": sum(p.numel() for p in model.parameters()), "chance_loss": chance_loss(args),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "precision": precision, "torch": torch.__version__, "commit": commit()}) + "\n"]
+        "processes": world, "precision": precision, "torch": torch.__version__,
+        "commit": commit()}) + "\n"]
     try:
-        if args.save_views:
+        if args.save_views and rank == 0:
             shown = data.train_images[::max(1, count // 8)][:8]  # of several classes
             save_views(args.save_views, shown, augment(shown, args))
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -507,28 +558,34 @@ def main(argv=None):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             lines = log.read_text().splitlines(keepends=True)[:saved["epoch"] + 2]  # from epoch 0
-        else:
-            path.unlink(missing_ok=True)  # a kill before epoch 0 must not leave a replaced run
-        log.with_suffix(".tmp").write_text("".join(lines))
-        os.replace(log.with_suffix(".tmp"), log)
+        if rank == 0:
+            if not saved:
+                path.unlink(missing_ok=True)  # a kill before epoch 0 must not leave a replaced run
+            log.with_suffix(".tmp").write_text("".join(lines))
+            os.replace(log.with_suffix(".tmp"), log)
     except (OSError, ValueError) as problem:
         fail(problem)
     record = json.loads(lines[-1])  # what a finished run returns when it is resumed
-    print(lines[0], end="", flush=True)
-    if data.train_labels is None:
+    if rank == 0:
+        print(lines[0], end="", flush=True)
+    if data.train_labels is None and rank == 0:
         print("kNN is off: labels need train/ and test/ or val/, with a folder a class", flush=True)
     writer, low = None, 0  # low: epochs in a row with a collapsed output
-    if args.tensorboard:
+    if args.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(args.out)
 
     for epoch in range(saved["epoch"] + 1 if saved else 0, args.epochs + 1):
-        torch.manual_seed(args.seed * 10**6 + epoch)  # so --resume draws what a whole run draws
-        order = torch.randperm(count)[:steps * args.batch_size if epoch else 0]  # 0: untrained
+        seed = args.seed * 10**6 + epoch  # so --resume draws what a whole run draws
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        order = order[:steps * args.batch_size if epoch else 0]  # 0: untrained
+        part = order.view(-1, world, args.batch_size // world)[:, rank].flatten()
+        torch.manual_seed(seed + rank * 10**16)  # no two processes draw the same views
         losses, stds = torch.zeros(2, steps, device=device)
         start, shown, rate = time.perf_counter(), 0.0, lr
         model.train()
-        for step, x in enumerate(batches(images, order, args.batch_size, device, args.workers)):
+        for step, x in enumerate(batches(images, part, args.batch_size // world, device,
+                                          args.workers)):
             rate = learning_rate((epoch - 1) * steps + step, args.epochs * steps, lr,
                                  args.warmup_epochs * steps)
             for group in optimizer.param_groups:
@@ -538,7 +595,7 @@ def main(argv=None):
             # <method>
             with autocast():
                 z1, z2 = network(*views)
-            loss = nt_xent(z1, z2, args.tau)  # Eq. 1
+            loss = nt_xent(gather(z1), gather(z2), args.tau)  # Eq. 1
             z = z1
             # </method>
             loss.backward()
@@ -546,9 +603,14 @@ def main(argv=None):
             # <method>
             # </method>
             losses[step], stds[step] = loss.detach(), feature_std(z)
-            if sys.stderr.isatty() and time.perf_counter() - shown > 0.5:
+            if rank == 0 and sys.stderr.isatty() and time.perf_counter() - shown > 0.5:
                 shown = time.perf_counter()
                 print(f"epoch {epoch} step {step + 1}/{steps}", end="\r", file=sys.stderr)
+        if world > 1:
+            for value in (losses, stds):
+                dist.all_reduce(value.div_(world))
+            for value in model.buffers():  # running statistics: where they are each process's own
+                dist.broadcast(value, 0)
         losses = losses.cpu()  # the epoch's one wait for the device
         seconds = time.perf_counter() - start
         if not losses.isfinite().all():
@@ -557,8 +619,9 @@ def main(argv=None):
                  f"lower --lr; {path} holds epoch {epoch - 1}", status=1)
         start, knn = time.perf_counter(), None
         if data.test_labels is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            bank, queries = (features(model.f, x, mean, std, args.batch_size, autocast)
-                             for x in (images, test_images))
+            bank, queries = (gather(features(model.f, x, mean, std, args.batch_size, autocast,
+                                             rank, world)).view(world, -1, model.f.num_features)
+                             .transpose(0, 1).flatten(0, 1)[:len(x)] for x in (images, test_images))
             knn = knn_accuracy(bank, data.train_labels.to(device),
                                queries, data.test_labels.to(device),
                                len(data.classes), args.knn_k, args.knn_tau)
@@ -566,14 +629,18 @@ def main(argv=None):
                   "std": stds.mean().item() if epoch else None, "lr": rate, "knn": knn,
                   "views_s": len(order) * len(views) / seconds if epoch else None,
                   "seconds": seconds, "knn_seconds": time.perf_counter() - start}
-        report(record, log, writer)
         # After a batch norm no output is constant: one odd image in B leaves std 2 / sqrt(B).
         low = low + 1 if epoch and record["std"] < 0.1 + 2 / args.batch_size ** 0.5 else 0
+        if rank > 0:
+            continue
+        report(record, log, writer)
         if low == 3:
             print(f"warning: collapsed: std {record['std']:.3f}, not about 1", file=sys.stderr)
         save_checkpoint(path, method=Path(__file__).stem, args=vars(args), epoch=epoch,
                         backbone=model.f.state_dict(), model=model.state_dict(),
                         optimizer=optimizer.state_dict(), mean=data.mean, std=data.std)
+    if world > 1:
+        dist.destroy_process_group()
     return record
 
 

@@ -169,6 +169,11 @@ def test_a_deeper_cut_is_judged(run, tmp_path, capsys):
     refused(capsys, linear_eval, [run(), "--lr", "1"], "--augment")
 
 
+def test_torchrun_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, linear_eval, ["x"], "torchrun")
+
+
 # ------------------------------------------------------------------------------ foreign weights
 @pytest.fixture(scope="module")
 def resnet18():

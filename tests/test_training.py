@@ -316,9 +316,9 @@ def test_an_absent_device_is_refused(script, capsys):
     refused(capsys, script, ["--device", "cuda"], "--device cuda", "cpu")
 
 
-def test_torchrun_is_refused(script, capsys, monkeypatch):
+def test_a_process_without_its_rank_is_refused(script, flags, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, script, [], "one process")
+    refused(capsys, script, flags(script), "RANK")
 
 
 def test_settings_that_do_not_fit_the_data(script, flags, capsys, tmp_path):
