@@ -4,9 +4,16 @@ A method file runs with this file beside it; whoever copies a method copies two 
 Images stay uint8 (N, 3, H, W) until they are on the device, where a 32x32 set lives whole.
 """
 
+import hashlib
 import math
+import os
+import shutil
+import sys
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +23,11 @@ from torch import nn
 from torchvision import datasets
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms import functional as TF
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that start together both decode
+    fcntl = None
 
 DATASETS = ("cifar10", "cifar100", "folder", "shapes")
 ARCHS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -38,15 +50,17 @@ class Dataset(NamedTuple):
     std: torch.Tensor                  # (3,) float32, at least 1/255: a constant channel has none
 
 
-def load_dataset(name, data_dir="data", image_size=32):
-    """Read a data set into memory as uint8.
+def load_dataset(name, data_dir="data", image_size=32, cache_dir=None):
+    """Read a data set as uint8: into memory, or mapped from where a folder was decoded to once.
 
     name: one of DATASETS; data_dir: where it lies (cifar10 and cifar100 are downloaded there once)
     image_size: pixels; the shorter side is resized to it, the centre cropped
+    cache_dir: where a folder's decoded images are kept, 3 image_size^2 bytes each; None: data_dir
     Raises ValueError, in one line that says what to do, if the data is missing or broken.
     """
     if name == "folder":
-        train, train_labels, test, test_labels, classes = _read_folder(Path(data_dir), image_size)
+        train, train_labels, test, test_labels, classes = _read_folder(
+            Path(data_dir), image_size, cache_dir)
     elif name == "shapes":
         parts = [draw_shapes(500, image_size, seed) for seed in range(14)]
         images, labels = (torch.cat(part) for part in zip(*parts))
@@ -56,8 +70,9 @@ def load_dataset(name, data_dir="data", image_size=32):
         train, train_labels, test, test_labels, classes = _read_cifar(name, data_dir, image_size)
     else:
         raise ValueError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
-    # Mean and std from a histogram a channel: exact, and no float copy of the set.
-    share = torch.stack([channel.flatten().bincount(minlength=256) for channel in train.unbind(1)])
+    # Mean and std from a histogram a channel: no float copy of the set. Of large ones a sample.
+    share = sum(torch.stack([channel.flatten().bincount(minlength=256) for channel in x.unbind(1)])
+                for x in train[::max(1, len(train) // 50_000)].split(1000))
     share = share / share.sum(1, keepdim=True, dtype=torch.float64)  # (3, 256)
     level = torch.arange(256, dtype=torch.float64) / 255
     mean = share @ level
@@ -84,7 +99,7 @@ def _read_cifar(name, data_dir, image_size):
     return *out, sets[0].classes
 
 
-def _read_folder(root, image_size):
+def _read_folder(root, image_size, cache_dir):
     """`train/` and `test/` or `val/`, a folder a class; any other tree is images without labels."""
     if not root.is_dir():
         raise ValueError(f"--data-dir {root} is not a folder of images")
@@ -94,20 +109,85 @@ def _read_folder(root, image_size):
     odd = set(classes) ^ {path.name for path in test.iterdir() if path.is_dir()} if split else ()
     if odd:
         raise ValueError(f"class {min(odd)!r} is not both in {train} and in {test}")
-    extensions, out = datasets.folder.IMG_EXTENSIONS, []
-    for top in (train, test) if split else (root, None):
-        files, labels = [], []
-        for label, sub in enumerate(classes or [""]) if top else ():
+    extensions, files, labels, counts = datasets.folder.IMG_EXTENSIONS, [], [], []
+    for top in (train, test) if split else (root,):
+        for label, sub in enumerate(classes or [""]):
             found = sorted(x for x in (top / sub).rglob("*") if x.suffix.lower() in extensions)
             if not found:
                 raise ValueError(f"no images in {top / sub} (looked for {' '.join(extensions)})")
             files += found
             labels += [label] * len(found)
-        with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's global lock
-            images = list(pool.map(lambda path: _read_image(path, image_size), files))
-        none = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
-        out += [torch.stack(images) if images else none, torch.tensor(labels) if classes else None]
-    return *out, classes
+        counts.append(len(files))
+    path = Path(cache_dir or root) / f"{root.resolve().name}-{image_size}.npy"
+    images, labels = (x.split([counts[0], len(files) - counts[0]])
+                      for x in (_decoded(files, root, image_size, path), torch.tensor(labels)))
+    labels = labels if split else (None, None)
+    return images[0], labels[0], images[1], labels[1], classes
+
+
+@contextmanager
+def _locked(folder):
+    """Hold a folder's lock, which ends with the process, however that ends."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
+
+
+def _decoded(files, root, size, path):
+    """The files as uint8 (N, 3, size, size), mapped from `path`, which is written if need be.
+
+    Behind the array stands a digest of the files' names, sizes and times: it must be theirs.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent):  # of processes that start together one decodes
+            kept = b""
+            if path.exists() and path.stat().st_size > 32:
+                with open(path, "rb") as file:
+                    file.seek(-32, os.SEEK_END)
+                    kept = file.read()
+            if kept != digest.digest():
+                _decode(files, size, path, digest.digest())
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+    except OSError as problem:
+        raise ValueError(f"cannot keep the decoded images ({problem}): name another folder for "
+                         "them with --cache-dir") from None
+
+
+def _decode(files, size, path, digest):
+    """Write files as an array to a temporary name, on all cores in bounded memory; rename it."""
+    need, free = len(files) * 3 * size**2, shutil.disk_usage(path.parent).free
+    if need > free:
+        raise ValueError(f"the decoded images need {need / 2**30:.2f} GiB in {path.parent}, which "
+                         f"has {free / 2**30:.2f} GiB free: make room, or name another folder for "
+                         "them with --cache-dir")
+    part, start = path.with_suffix(".tmp"), time.perf_counter()
+    shown = start
+    try:
+        with open(part, "wb") as out, ThreadPoolExecutor() as pool:  # PIL frees Python's lock
+            np.lib.format.write_array_header_1_0(out, {
+                "descr": "|u1", "fortran_order": False, "shape": (len(files), 3, size, size)})
+            for done in range(0, len(files), 256):
+                for image in pool.map(partial(_read_image, size=size), files[done:done + 256]):
+                    out.write(image.contiguous().numpy())
+                now = time.perf_counter()
+                if now - shown > 5:
+                    shown, left = now, (now - start) * (len(files) / (done + 256) - 1)
+                    print(f"decoding once: {done + 256} of {len(files)} images, {left:.0f} s left",
+                          file=sys.stderr, flush=True)
+            out.write(digest)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _read_image(path, size):

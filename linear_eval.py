@@ -44,8 +44,8 @@ RECIPES = {  # epochs, learning rate at batch 256, weight decay
     "linear": (100, 0.1, 0.0),  # [ours: 100 as the MoCo CIFAR demo]; iterations of L-BFGS
     "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5]
     "scratch": (100, 0.1, 5e-4)}  # [He et al. 1512.03385 Sec. 4.2, with the four scripts' decay]
-FOREIGN = {"dataset": "cifar10", "data_dir": "data", "image_size": None, "arch": "resnet18",
-           "width": 1.0}  # what weights that are not ours do not tell
+FOREIGN = {"dataset": "cifar10", "data_dir": "data", "cache_dir": None, "image_size": None,
+           "arch": "resnet18", "width": 1.0}  # what weights that are not ours do not tell
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of torchvision's weights
 
 
@@ -107,6 +107,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data, if not the checkpoint's").add_argument
     add("--dataset", choices=DATASETS, help="may be another than in pre-training: transfer")
     add("--data-dir", help="where it lies or is downloaded to")
+    add("--cache-dir", help="where a folder's decoded images are kept (default: in --data-dir)")
     add("--image-size", type=number(int, 8, 4096), help="pixels")
     add("--mean", type=number(float, -10, 10), nargs=3, metavar=("R", "G", "B"),
         help="of the pixels in [0, 1] (default: the checkpoint's; for foreign weights ImageNet's)")
@@ -472,8 +473,9 @@ def main(argv=None):
         large = theirs["dataset"] == "folder" if saved else not small
         size = args.image_size or theirs["image_size"] or (224 if large else 32)
         name = args.dataset or theirs["dataset"]
-        root = args.data_dir or (theirs if name == theirs["dataset"] else FOREIGN)["data_dir"]
-        data = load_dataset(name, root, size)
+        place = theirs if name == theirs["dataset"] and not args.data_dir else FOREIGN
+        data = load_dataset(name, args.data_dir or place["data_dir"], size,
+                            args.cache_dir or place["cache_dir"])
         out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as problem:
         fail(problem)

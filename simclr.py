@@ -105,6 +105,7 @@ def parse_args(argv=None):
     add("--dataset", choices=DATASETS, default="cifar10",
         help="folder: any images; shapes: drawn, needs no files")
     add("--data-dir", default="data", help="where it lies or is downloaded to")
+    add("--cache-dir", help="where a folder's decoded images are kept (default: in --data-dir)")
     add("--image-size", type=number(int, 8, 4096), help="pixels (default: 32; folder: 224)")
     add("--workers", type=number(int, 1, 1024), default=os.cpu_count() or 1,
         help="threads that gather batches of images that do not fit on the device")
@@ -457,8 +458,8 @@ def load_checkpoint(path, args):
         fail(f"nothing to resume: there is no {path}")
     except Exception as problem:  # a damaged file raises whatever the unpickler meets
         fail(f"{path} is not a checkpoint of this script ({type(problem).__name__})")
-    free = ("data_dir", "workers", "device", "compile", "out", "resume", "overwrite", "save_views",
-            "tensorboard", "knn_every", "knn_k", "knn_tau")  # may change within a run
+    free = ("data_dir", "cache_dir", "workers", "device", "compile", "out", "resume", "overwrite",
+            "save_views", "tensorboard", "knn_every", "knn_k", "knn_tau")  # may change within a run
     ours = {"method": Path(__file__).stem, **vars(args)}
     changed = [f"{key} was {theirs.get(key)} and is {value}" for key, value in ours.items()
                if key not in free and theirs.get(key) != value]
@@ -517,7 +518,7 @@ def main(argv=None):
         model = Model(partial(resnet, args.arch, args.width, stem), args)
         if local_rank > 0:
             dist.barrier()  # one process a machine downloads, then the others read
-        data = load_dataset(args.dataset, args.data_dir, size)
+        data = load_dataset(args.dataset, args.data_dir, size, args.cache_dir)
         if world > 1 and local_rank == 0:
             dist.barrier()
     except ValueError as problem:

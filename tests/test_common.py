@@ -1,6 +1,9 @@
 """Data sets of every kind and state, and the batches made of them."""
 
 import io
+import os
+import subprocess
+import sys
 import urllib.error
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 import common
+from conftest import ROOT
 
 
 def picture(h=20, w=20, mode="RGB", seed=0):
@@ -75,6 +79,106 @@ def test_a_broken_image_is_named(tmp_path, content):
     (tmp_path / "bad.jpg").write_bytes(content)
     with pytest.raises(ValueError, match="bad.jpg"):
         common.load_dataset("folder", tmp_path, 16)
+
+
+# ------------------------------------------------------------------------------ decoded once
+@pytest.fixture
+def photos(tmp_path):
+    """Five pictures of several sizes in a flat folder."""
+    (tmp_path / "photos").mkdir()
+    for i in range(5):
+        picture(20 + i, 30 - i, seed=i).save(tmp_path / f"photos/{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of the files that are decoded from here on."""
+    names, read = [], common._read_image
+    monkeypatch.setattr(common, "_read_image", lambda path, size: names.append(path.name) or read(path, size))
+    return names
+
+
+def test_images_are_decoded_once(photos, reads):
+    first = common.load_dataset("folder", photos, 16)
+    assert sorted(reads) == [f"{i}.png" for i in range(5)] and (photos / "photos-16.npy").exists()
+    again = common.load_dataset("folder", photos, 16)
+    assert len(reads) == 5 and again.train_images.equal(first.train_images) and again.mean.equal(first.mean)
+    direct = torch.stack([common._read_image(photos / f"{i}.png", 16) for i in range(5)])
+    assert first.train_images.equal(direct)
+    assert common.load_dataset("folder", photos, 12).train_images.shape == (5, 3, 12, 12)  # beside it, not instead
+    assert sorted(path.name for path in photos.glob("*.npy")) == ["photos-12.npy", "photos-16.npy"]
+
+
+@pytest.mark.parametrize("change", ["touch", "replace", "add", "remove", "rename", "cut", "empty"])
+def test_what_changed_is_decoded_again(photos, reads, change):
+    before = common.load_dataset("folder", photos, 16).train_images.clone()
+    reads.clear()
+    cache = photos / "photos-16.npy"
+    {"touch": lambda: os.utime(photos / "2.png", (1, 1)), "replace": lambda: picture(9, 9, seed=77).save(photos / "2.png"),
+     "add": lambda: picture(seed=5).save(photos / "5.png"), "remove": (photos / "4.png").unlink,
+     "rename": lambda: (photos / "0.png").rename(photos / "9.png"), "cut": lambda: cache.write_bytes(cache.read_bytes()[:-40]),
+     "empty": lambda: cache.write_bytes(b"")}[change]()
+    after = common.load_dataset("folder", photos, 16).train_images
+    assert len(reads) == len(after) == {"add": 6, "remove": 4}.get(change, 5)
+    order = [1, 2, 3, 4, 0] if change == "rename" else [*range(min(5, len(after)))]
+    same = [after[i].equal(before[j]) for i, j in enumerate(order)]
+    assert same == [change != "replace" or i != 2 for i in range(len(order))]
+
+
+def test_decoded_images_in_another_folder(photos, tmp_path, reads):
+    for _ in range(2):
+        common.load_dataset("folder", photos, 16, tmp_path / "a/b")
+    assert len(reads) == 5 and (tmp_path / "a/b/photos-16.npy").exists() and not [*photos.glob("*.npy")]
+
+
+def test_nothing_is_left_of_what_failed(photos, monkeypatch):
+    (photos / "9.png").write_text("not an image")
+    with pytest.raises(ValueError, match="9.png"):
+        common.load_dataset("folder", photos, 16)
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
+    with pytest.raises(ValueError, match="need 0.01 GiB in .*, which has 0.00 GiB free.*--cache-dir"):
+        common.load_dataset("folder", photos, 1024)
+    assert sorted(path.name for path in photos.iterdir()) == ["0.png", "1.png", "2.png", "3.png", "4.png", "9.png"]
+
+
+def test_a_cache_that_cannot_be_written(photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--cache-dir"):
+        common.load_dataset("folder", photos, 16, tmp_path / "file")
+
+
+def test_two_processes_decode_once(photos, tmp_path):
+    """Both start together; each decoding is counted by a line in a file."""
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import common
+decode = common._decode
+def counted(*args):
+    open({str(tmp_path / 'count')!r}, 'a').write('once\\n')
+    time.sleep(1)
+    decode(*args)
+common._decode = counted
+print('ready', flush=True)
+input()
+print(common.load_dataset('folder', {str(photos)!r}, 16).train_images.sum().item())
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert all(process.stdout.readline() == "ready\n" for process in both)
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = {process.communicate()[0] for process in both}
+    assert len(said) == 1 and (tmp_path / "count").read_text() == "once\n"
+
+
+def test_mean_and_std_of_many_images():
+    """Summed in parts: as of all pixels at once."""
+    data = common.load_dataset("shapes", image_size=8)
+    pixels = data.train_images.double() / 255
+    assert torch.allclose(data.mean.double(), pixels.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(data.std.double(), pixels.permute(1, 0, 2, 3).flatten(1).std(1, unbiased=False), atol=1e-6)
 
 
 def test_folders_that_cannot_work(folder, tmp_path):
