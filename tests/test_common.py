@@ -137,7 +137,7 @@ def test_nothing_is_left_of_what_failed(photos, monkeypatch):
     with pytest.raises(ValueError, match="9.png"):
         common.load_dataset("folder", photos, 16)
     monkeypatch.setattr(common.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
-    with pytest.raises(ValueError, match="need 0.01 GiB in .*, which has 0.00 GiB free.*--cache-dir"):
+    with pytest.raises(ValueError, match="need 0.02 GiB in .*, which has 0.00 GiB free.*--cache-dir"):
         common.load_dataset("folder", photos, 1024)
     assert sorted(path.name for path in photos.iterdir()) == ["0.png", "1.png", "2.png", "3.png", "4.png", "9.png"]
 
