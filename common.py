@@ -179,10 +179,10 @@ def _decode(files, size, path, digest):
             for done in range(0, len(files), 256):
                 for image in pool.map(partial(_read_image, size=size), files[done:done + 256]):
                     out.write(image.contiguous().numpy())
-                now = time.perf_counter()
+                now, done = time.perf_counter(), min(done + 256, len(files))
                 if now - shown > 5:
-                    shown, left = now, (now - start) * (len(files) / (done + 256) - 1)
-                    print(f"decoding once: {done + 256} of {len(files)} images, {left:.0f} s left",
+                    shown, left = now, (now - start) * (len(files) / done - 1)
+                    print(f"decoding once: {done} of {len(files)} images, {left:.0f} s left",
                           file=sys.stderr, flush=True)
             out.write(digest)
         os.replace(part, path)
