@@ -51,10 +51,11 @@ def commands():
         yield from (part.strip() for part in line.split("&&"))
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python ") and "-m" not in c])
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith(("python ", "torchrun ")) and " -m " not in c])
 def test_commands_parse(command):
-    words = shlex.split(command)
-    assert words[1].removesuffix(".py") in SCRIPTS
+    command = command.replace("torchrun --nproc-per-node 8", "python")
+    words = shlex.split(command, comments=True)
+    assert words[1].removesuffix(".py") in (*SCRIPTS, "linear_eval")
     importlib.import_module(words[1].removesuffix(".py")).parse_args(words[2:])
 
 
