@@ -26,7 +26,7 @@ from torchvision.transforms import functional as TF
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes that start together both decode
+except ImportError:  # Windows has no such locks: take care yourself
     fcntl = None
 
 DATASETS = ("cifar10", "cifar100", "folder", "shapes")
@@ -106,6 +106,9 @@ def _read_folder(root, image_size, cache_dir):
     train, test = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
     split = train.is_dir() and test.is_dir()
     classes = sorted(path.name for path in train.iterdir() if path.is_dir()) if split else []
+    if split and len(classes) < 2:
+        raise ValueError(f"{train} has {len(classes)} folders of a class: labels need two or more, "
+                         "and images without labels no train/ and test/")
     odd = set(classes) ^ {path.name for path in test.iterdir() if path.is_dir()} if split else ()
     if odd:
         raise ValueError(f"class {min(odd)!r} is not both in {train} and in {test}")
@@ -126,12 +129,15 @@ def _read_folder(root, image_size, cache_dir):
 
 
 @contextmanager
-def _locked(folder):
-    """Hold a folder's lock, which ends with the process, however that ends."""
+def locked(folder, wait=True):
+    """Hold a folder's lock, which ends with the process, however that ends.
+
+    If another process holds it: wait, or raise BlockingIOError.
+    """
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         if fcntl:
@@ -149,7 +155,7 @@ def _decoded(files, root, size, path):
         digest.update(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.parent):  # of processes that start together one decodes
+        with locked(path.parent):  # of processes that start together one decodes
             kept = b""
             if path.exists() and path.stat().st_size > 32:
                 with open(path, "rb") as file:

@@ -40,9 +40,12 @@ import importlib.util
 import json
 import math
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +55,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.utils import save_image
 
-from common import ARCHS, DATASETS, batches, load_dataset, normalize, resident, resnet
+from common import (ARCHS, DATASETS, batches, load_dataset, locked, normalize, resident,
+                    resnet)
 
 
 # =================== 2. Recipe (method) ===================
@@ -89,7 +93,7 @@ def add_recipe(parser):
 # =================== 3. Options (shared) ===================
 def fail(message, status=2):
     """End the program with one line on standard error."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -376,6 +380,9 @@ class Model(nn.Module):
 
     def __init__(self, base_encoder, args):
         super().__init__()
+        for low, high in (args.global_scale, args.local_scale):
+            if low > high:
+                raise ValueError(f"--global-scale and --local-scale {low} {high}: low, then high")
         dim = 2048  # [SimSiam App. D]
         self.f = base_encoder()
         # Two layers on CIFAR [SimSiam App. D]; a bias before a batch norm would do nothing.
@@ -500,9 +507,8 @@ def report(record, log, writer):
             writer.add_scalar(key, value, record["epoch"])
 
 
-def main(argv=None):
+def train(args, stack):
     """Train; log, monitor and save every epoch; return the last epoch's metrics as a dict."""
-    args = parse_args(argv)
     rank, world, local_rank = processes()
     device = torch.device(next(kind for kind in ("cuda", "mps", "cpu") if args.device in
                                (kind, "auto") and getattr(torch, kind).is_available()))
@@ -563,6 +569,8 @@ def main(argv=None):
             shown = data.train_images[::max(1, count // 8)][:8]  # of several classes
             save_views(args.save_views, shown, augment(shown, args))
         log.parent.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            stack.enter_context(locked(log.parent, wait=False))
         if saved:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -572,6 +580,8 @@ def main(argv=None):
                 path.unlink(missing_ok=True)  # a kill before epoch 0 must not leave a replaced run
             log.with_suffix(".tmp").write_text("".join(lines))
             os.replace(log.with_suffix(".tmp"), log)
+    except BlockingIOError:
+        fail(f"another run writes to {args.out}: choose another --out")
     except (OSError, ValueError) as problem:
         fail(problem)
     record = json.loads(lines[-1])  # what a finished run returns when it is resumed
@@ -582,7 +592,7 @@ def main(argv=None):
     writer, low = None, 0  # low: epochs in a row with a collapsed output
     if args.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(args.out)
+        writer = stack.enter_context(SummaryWriter(args.out))
 
     for epoch in range(saved["epoch"] + 1 if saved else 0, args.epochs + 1):
         seed = args.seed * 10**6 + epoch  # so --resume draws what a whole run draws
@@ -648,16 +658,46 @@ def main(argv=None):
         low = low + 1 if epoch and record["std"] < 0.1 + 2 / args.batch_size ** 0.5 else 0
         if rank > 0:
             continue
-        report(record, log, writer)
         if low == 3:
             print(f"warning: collapsed: std {record['std']:.3f}, not about 1", file=sys.stderr)
-        save_checkpoint(path, method=Path(__file__).stem, args=vars(args), epoch=epoch,
-                        backbone=model.f.state_dict(), model=model.state_dict(),
-                        optimizer=optimizer.state_dict(), mean=data.mean, std=data.std)
+        try:
+            report(record, log, writer)
+            save_checkpoint(path, method=Path(__file__).stem, args=vars(args), epoch=epoch,
+                            backbone=model.f.state_dict(), model=model.state_dict(),
+                            optimizer=optimizer.state_dict(), mean=data.mean, std=data.std)
+        except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
+            path.with_suffix(".tmp").unlink(missing_ok=True)
+            kept = f"{path} holds epoch {epoch - 1}" if epoch else "nothing is saved"
+            fail(f"cannot write to {args.out} ({problem}); {kept}: make room, then --resume", 1)
     if world > 1:
         dist.destroy_process_group()
     return record
 
 
+def interrupt(signum, frame):
+    """Stop at SIGTERM as at Ctrl-C."""
+    raise KeyboardInterrupt(signum)
+
+
+def main(argv=None):
+    """Train as the flags say, return the last epoch's metrics; end what stops it in one line."""
+    args = parse_args(argv)
+    try:
+        with ExitStack() as stack:
+            return train(args, stack)
+    except torch.OutOfMemoryError:
+        fail(f"out of GPU memory: try --batch-size {args.batch_size // 2}", status=1)
+    except KeyboardInterrupt as stop:
+        path, kept = Path(args.out, "checkpoint.pt"), "nothing is saved yet"
+        if path.exists():
+            epoch = torch.load(path, map_location="cpu", weights_only=True)["epoch"]
+            flags = [flag for flag in (sys.argv[1:] if argv is None else argv)
+                     if flag not in ("--overwrite", "--resume")]
+            kept = (f"{path} holds epoch {epoch}, go on with: python {Path(__file__).name} "
+                    f"{shlex.join([*flags, '--resume'])}")
+        fail(f"stopped: {kept}", status=128 + (stop.args or (signal.SIGINT,))[0])
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     main()
