@@ -7,6 +7,9 @@ Prints, from one run on one machine, ratios that can be compared where seconds c
   kNN               seconds for the features of all images and the vote
   memory            peak of the process, or of the GPU
 On CUDA also FLOP/s and the share of a measured bf16 matrix-product peak.
+
+With --jpegs N it draws N photographs' worth of JPEG files (about 500x375) instead and prints images/s of torchvision's
+ImageFolder with a DataLoader, of decoding them once, and of an epoch streamed from that, each with the peak of anonymous memory.
 """
 
 import argparse
@@ -15,12 +18,15 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets
 from torchvision import transforms as T
 from torchvision.transforms.functional import to_pil_image
 
@@ -77,6 +83,50 @@ def train(module, args, data, device, *more):
                             "--batch-size", str(args.batch_size), "--out", out, *own, *more])
 
 
+def draw_jpegs(root, count):
+    """A folder a class in train/ (nine tenths) and val/: enlarged shapes with grain, of five sizes."""
+    images, labels = common.draw_shapes(count)
+    sides = [(375, 500), (500, 375), (333, 500), (400, 400), (480, 640)]
+
+    def draw(i):
+        path = Path(root, "val" if i % 10 == 9 else "train", common.SHAPES[labels[i]], f"{i}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        x = torch.nn.functional.interpolate(images[i:i + 1].float(), sides[i % 5], mode="bicubic")[0]
+        to_pil_image((x + 8 * torch.randn(x.shape)).clamp(0, 255).byte()).save(path, quality=90)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(draw, range(count)))
+
+
+def measured(name, count, work):
+    """Run work(), print its images/s and the peak of the process's own memory (Linux: pages of no file)."""
+    def own():
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+    peak, ended = [own()], threading.Event()
+    watch = threading.Thread(target=lambda: [peak.append(own()) for _ in iter(lambda: ended.wait(0.05), True)])
+    watch.start()
+    start = time.perf_counter()
+    work()
+    rate = count / (time.perf_counter() - start)
+    ended.set()
+    watch.join()
+    print(f"{name:28} {rate:8,.0f} images/s  memory before {peak[0]:,.0f} MiB, peak {max(peak):,.0f} MiB", flush=True)
+    return rate
+
+
+def folders(count, size=224):
+    with tempfile.TemporaryDirectory() as root:
+        draw_jpegs(root, count)
+        view = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
+        print(f"{count} JPEG files to {size} pixels, {os.cpu_count()} cores, torch {torch.__version__}")
+        loaders = [DataLoader(datasets.ImageFolder(f"{root}/{split}", view), 64, num_workers=os.cpu_count()) for split in ("train", "val")]
+        measured("torchvision, every epoch", count, lambda: [None for loader in loaders for _ in loader])
+        once = measured("decoding once", count, lambda: common.load_dataset("folder", root, size))
+        data = common.load_dataset("folder", root, size)
+        order = torch.randperm(len(data.train_images))
+        epoch = measured("an epoch from the cache", len(order), lambda: [None for _ in common.batches(data.train_images, order, 64, "cpu")])
+        print(f"an epoch is {epoch / once:.0f} times as fast as decoding")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="simsiam", choices=("simclr", "moco", "simsiam", "simsiam_logo"))
@@ -84,7 +134,10 @@ def main():
     parser.add_argument("--width", type=float, help="default: 1 on CUDA, 0.25 on the CPU")
     parser.add_argument("--batch-size", type=int, help="default: 512 on CUDA, 256 on the CPU")
     parser.add_argument("--images", type=int, help="default: 50000 on CUDA, 2048 on the CPU")
+    parser.add_argument("--jpegs", type=int, metavar="N", help="measure a folder of N files instead")
     args = parser.parse_args()
+    if args.jpegs:
+        return folders(args.jpegs)
     cuda = args.device == "cuda"
     args.width, args.batch_size = args.width or (1 if cuda else 0.25), args.batch_size or (512 if cuda else 256)
     args.images = args.images or (50000 if cuda else 2048)
