@@ -267,7 +267,7 @@ def resident(images, device):
     return images.to(device)
 
 
-def batches(images, order, batch_size, device, workers=2):
+def batches(images, order, batch_size, device, workers=os.cpu_count() or 1):
     """Yield images[order] on the device, batch by batch; the last one may be smaller.
 
     images: (N, 3, H, W) uint8, on the device or on the host; order: (M,) int64 on the host

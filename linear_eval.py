@@ -135,8 +135,11 @@ def parse_args(argv=None):
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         fail(f"--device {args.device}: this machine has none; use --device auto or cpu")
     for path in filter(None, (args.neighbours, args.map, args.export)):
-        if not Path(path).resolve().parent.is_dir():
-            fail(f"cannot write {path}: its folder does not exist")
+        if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
+            fail(f"cannot write {path}: it is a folder, or its folder does not exist")
+    for path in filter(None, (args.neighbours, args.map)):
+        if Path(path).suffix not in (".png", ".jpg"):
+            fail(f"cannot draw {path}: a picture's name ends in .png or .jpg")
     if args.mode == "linear" and not args.augment and (args.lr or args.weight_decay) is not None:
         fail("--lr and --weight-decay are for --augment, finetune and scratch: L-BFGS has neither")
     if args.mode == "scratch" and args.head_layers:
@@ -212,13 +215,15 @@ def read_weights(path, prefix=None):
     weights = saved
     if isinstance(saved, dict):
         weights = saved["backbone"] if ours else saved.get("state_dict", saved)
-    if not isinstance(weights, dict) or not all(torch.is_tensor(x) for x in weights.values()):
-        raise ValueError(f"{path} holds no state dict: expected names of parameters and tensors")
+    for part in (weights, saved["model"]) if ours else (weights,):
+        if not isinstance(part, dict) or not all(
+                isinstance(key, str) and torch.is_tensor(x) for key, x in part.items()):
+            raise ValueError(f"{path} holds no state dict: expected names and tensors")
     prefix = prefix or ""
     kept = {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
     if "conv1.weight" not in kept:
         found = next((key for key in weights if key.endswith("conv1.weight")), None)
-        hint = f"try --prefix {found.removesuffix('conv1.weight')}" if found else "no ResNet in it"
+        hint = f"there is {found}: the part before conv1 is the --prefix" if found else "no ResNet"
         raise ValueError(f"{path} has no weights {prefix}conv1.weight: {hint}")
     return {key: x for key, x in kept.items() if not key.startswith("fc.")}, saved if ours else {}
 
@@ -264,6 +269,8 @@ def load_head(saved, count):
 
 def few_labels(labels, share, seed):
     """Indices (n,) of a share of each class, at least one image; labels (N,) int64."""
+    if share == 1:
+        return torch.arange(len(labels))
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=draw)
     parts = [order[labels[order] == label] for label in labels.unique()]
@@ -327,7 +334,7 @@ def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, label
         near = cosine.topk(min(10, len(bank))).indices.cpu()
         colors = [grey] * len(near) if labels is None else [
             green if label == labels[i] else red for label in bank_labels[near]]
-        shown = torch.cat([images[i:i + 1], bank_images[near]]).cpu()
+        shown = torch.cat([images[i:i + 1].cpu(), bank_images[near].cpu()])
         rows.append(frame(shown, torch.stack([torch.ones(3), *colors])))
     save_image(torch.cat(rows), path, nrow=len(rows[0]), pad_value=1.0)
 
@@ -340,10 +347,10 @@ def draw_map(path, queries, images, labels, side=30):
     """
     side = min(side, math.isqrt(len(queries)))
     some = torch.linspace(0, len(queries) - 1, side**2).long()
-    images, labels = (x if x is None else x[some].cpu() for x in (images, labels))
-    x = F.normalize(queries.cpu().double(), dim=1)
+    queries, images, labels = (x if x is None else x[some].cpu() for x in (queries, images, labels))
+    x = F.normalize(queries.double(), dim=1)
     x = x - x.mean(0)
-    plane = x[some] @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:].flip(1)  # (n, 2)
+    plane = x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:].flip(1)  # (n, 2)
     columns = plane[:, 0].argsort().view(side, side)
     grid = torch.stack([column[plane[column, 1].argsort()] for column in columns], 1).flatten()
     colors = torch.ones(len(some), 3)
@@ -367,7 +374,7 @@ def fit(head, bank, labels, iterations):
     """Logistic regression by L-BFGS with scikit-learn's default penalty: no learning rate to tune.
 
     head: batch norm without affine, whose statistics become the bank's, and linear layer
-    bank: (N, D) float32 features and labels: (N,), both on the device, summed over in parts
+    bank: (N, D) float32 features and their labels (N,), both on the device, summed over in parts
     """
     norm, linear = head.eval()
     var, norm.running_mean = bank.var(0, unbiased=False), bank.mean(0)
@@ -431,14 +438,15 @@ def train(network, head, keep, data, args, recipe, autocast):
 def classify(network, bank, queries, keep, data, args, autocast):
     """Train a classifier as --mode says; returns top-1 and top-5 in percent of the test images.
 
-    bank, queries: features of data's images; keep: (n,) indices of the labels that may be used
+    keep: (n,) indices of the labels that may be used; bank: features of these images
+    queries: features of the test images
     """
     recipe = [default if value is None else value for value, default in zip(
         (args.epochs, args.lr, args.weight_decay), RECIPES[args.mode])]
-    head = nn.Sequential(nn.BatchNorm1d(bank.shape[1], affine=False),  # [MAE App. A]
+    head = nn.Sequential(nn.BatchNorm1d(bank.shape[1], 1e-12, affine=False),  # [MAE App. A]
                          nn.Linear(bank.shape[1], len(data.classes))).to(bank.device)
     if args.mode == "linear" and not args.augment:
-        fit(head, bank[keep], data.train_labels[keep], recipe[0])
+        fit(head, bank, data.train_labels[keep], recipe[0])
     else:
         train(network, head, keep, data, args, recipe, autocast)
     if args.mode != "linear":
@@ -451,9 +459,9 @@ def classify(network, bank, queries, keep, data, args, autocast):
             "top5": 100 * right.any(1).sum().item() / len(right)}
 
 
-def main(argv=None):
+def judge(args):
     """Judge a checkpoint: print one line, return its numbers as a dict, write them as JSON."""
-    args, start = parse_args(argv), time.perf_counter()
+    start = time.perf_counter()
     device = torch.device(next(kind for kind in ("cuda", "mps", "cpu") if args.device in
                                (kind, "auto") and getattr(torch, kind).is_available()))
     precision = args.precision.replace("auto", "bf16" if device.type == "cuda" else "fp32")
@@ -476,6 +484,9 @@ def main(argv=None):
         place = theirs if name == theirs["dataset"] and not args.data_dir else FOREIGN
         data = load_dataset(name, args.data_dir or place["data_dir"], size,
                             args.cache_dir or place["cache_dir"])
+        if data.train_labels is None and args.mode != "linear":
+            raise ValueError(f"--mode {args.mode} needs labels: train/ and test/ or val/, with a "
+                             "folder a class")
         out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as problem:
         fail(problem)
@@ -490,6 +501,8 @@ def main(argv=None):
     shown = (bank, data.train_images, None)  # a folder without splits
     if data.test_labels is not None:
         shown = (encode(data.test_images), data.test_images, data.test_labels)
+    if not all(x.isfinite().all() for x in (bank, shown[0])):
+        fail("the features are not finite: broken weights, or try --precision fp32", status=1)
     try:
         if args.neighbours:
             draw_neighbours(args.neighbours, bank, data.train_images, data.train_labels, *shown)
@@ -499,8 +512,9 @@ def main(argv=None):
         fail(problem)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        vectors, pictures, labels = (  # a sprite has at most 8192 x 8192 pixels
-            None if x is None else x[:(8192 // size) ** 2].cpu() for x in shown)
+        most = min(len(shown[0]), (8192 // size) ** 2)  # a sprite's side is 8192 pixels at most
+        some = torch.linspace(0, len(shown[0]) - 1, most).long()  # of all classes
+        vectors, pictures, labels = (None if x is None else x[some].cpu() for x in shown)
         names = None if labels is None else [data.classes[i] for i in labels]
         with SummaryWriter(str(out)) as writer:
             writer.add_embedding(vectors, names, pictures / 255)
@@ -510,27 +524,40 @@ def main(argv=None):
         print("no labels: no accuracies", flush=True)
     else:
         keep = few_labels(data.train_labels.cpu(), args.label_fraction, args.seed)
-        table = {f"knn{k}": knn_accuracy(bank[keep], data.train_labels[keep], shown[0], shown[2],
+        kept = bank if args.label_fraction == 1 else bank[keep]
+        table = {f"knn{k}": knn_accuracy(kept, data.train_labels[keep], shown[0], shown[2],
                                          len(data.classes), k, args.knn_tau) for k in args.knn}
-        results = {**classify(network, bank, shown[0], keep, data, args, autocast), **table}
+        results = {**classify(network, kept, shown[0], keep, data, args, autocast), **table}
         print(" ".join(f"{key}={value:.2f}" for key, value in results.items()),
               f"tau={args.knn_tau:g}", flush=True)
-    parts = [args.mode, "" if name == theirs["dataset"] else name,
-             "" if args.label_fraction == 1 else f"{args.label_fraction:g}",
-             f"head{args.head_layers}" if args.head_layers else ""]
+    parts = {Path(args.checkpoint).stem: not saved, args.mode: True, "augment": args.augment,
+             name: name != theirs["dataset"], f"{args.label_fraction:g}": args.label_fraction < 1,
+             f"head{args.head_layers}": args.head_layers > 0, f"seed{args.seed}": args.seed > 0}
     try:
-        if args.export:
-            torch.save(f.state_dict(), args.export)
-        (out / f"eval_{'_'.join(filter(None, parts))}.json").write_text(json.dumps({
+        told = "_".join(part for part, differs in parts.items() if differs)
+        (out / f"eval_{told}.json").write_text(json.dumps({
             **results, "args": vars(args), "method": saved.get("method"),
             "epoch": saved.get("epoch"), "images": len(data.train_images), "labels": len(keep),
             "test_images": len(data.test_images), "features": bank.shape[1],
             "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
             "precision": precision, "torch": torch.__version__, "commit": commit(),
             "seconds": time.perf_counter() - start}) + "\n")
-    except OSError as problem:
+        if args.export:
+            torch.save({key: x.cpu() for key, x in f.state_dict().items()}, args.export)
+    except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
         fail(problem)
     return results
+
+
+def main(argv=None):
+    """Judge as the flags say and return the numbers; end what stops it in one line."""
+    args = parse_args(argv)
+    try:
+        return judge(args)
+    except torch.OutOfMemoryError:
+        fail(f"out of GPU memory: try --batch-size {args.batch_size // 2}", status=1)
+    except KeyboardInterrupt:
+        fail("stopped: nothing is saved", status=130)
 
 
 if __name__ == "__main__":

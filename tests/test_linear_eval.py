@@ -209,7 +209,7 @@ def test_wide_weights(tmp_path):
 def test_foreign_weights_run_with_imagenet_statistics(resnet18, folder, tmp_path):
     torch.save(resnet18, tmp_path / "w.pth")
     end = judge(tmp_path / "w.pth", "--dataset", "folder", "--data-dir", folder, "--image-size", 32, "--epochs", 5)
-    assert end["top1"] == 100 and (tmp_path / "eval_linear_folder.json").exists()
+    assert end["top1"] == 100 and (tmp_path / "eval_w_linear_folder.json").exists()
 
 
 def test_weights_that_do_not_fit_are_refused_and_listed(resnet18, run, tmp_path, capsys):
@@ -222,11 +222,13 @@ def test_weights_that_do_not_fit_are_refused_and_listed(resnet18, run, tmp_path,
     refused(capsys, linear_eval, with_weights(resnet18, "--width", "2"), "another shape: conv1.weight is (64, 3, 7, 7)")
     refused(capsys, linear_eval, with_weights(resnet18, "--arch", "resnet50"), "missing: layer1.0.conv3.weight")
     refused(capsys, linear_eval, with_weights(resnet18, "--stem", "cifar"), "conv1.weight")
-    refused(capsys, linear_eval, with_weights({"module.encoder_q." + key: x for key, x in resnet18.items()}), "--prefix module.encoder_q.")
+    refused(capsys, linear_eval, with_weights({"module.encoder_q." + key: x for key, x in resnet18.items()}), "module.encoder_q.conv1.weight", "--prefix")
     refused(capsys, linear_eval, with_weights(resnet18, "--prefix", "module."), "no weights module.conv1.weight")
     refused(capsys, linear_eval, with_weights({"fc.weight": torch.zeros(1)}), "no ResNet")
     refused(capsys, linear_eval, with_weights({"conv1.weight": 3}), "no state dict")
     refused(capsys, linear_eval, with_weights(torch.zeros(3)), "no state dict")
+    refused(capsys, linear_eval, with_weights({0: torch.zeros(3)}), "no state dict")
+    refused(capsys, linear_eval, with_weights({"backbone": resnet18, "model": 3, "args": {}}), "no state dict")
     refused(capsys, linear_eval, with_weights({"conv1.weight": torch.zeros(())}), "missing: bn1.weight", "more")
     refused(capsys, linear_eval, with_weights(resnet18, "--head-layers", "1"), "0 layers")
     (tmp_path / "text.pth").write_text("not weights")
@@ -328,6 +330,27 @@ def test_pictures_of_a_run_and_of_unlabelled_images(run, folder, tmp_path, capsy
     for flag in ("--neighbours", "--map", "--export"):
         refused(capsys, linear_eval, [run(), flag, str(tmp_path / "no/x.png")], "does not exist")
     refused(capsys, linear_eval, [run(), "--map", str(tmp_path / "x.doc")], ".doc")
+    refused(capsys, linear_eval, [run(), "--export", str(tmp_path)], "a folder")
+    for mode in ("finetune", "scratch"):  # would export what was never trained
+        refused(capsys, linear_eval, [run(), "--data-dir", str(folder / "train"), "--mode", mode], "needs labels")
+
+
+def test_broken_weights_and_scarce_memory_end_in_one_line(run, tmp_path, capsys, monkeypatch):
+    saved = torch.load(run(), weights_only=True)
+    saved["backbone"]["conv1.weight"].fill_(math.nan)
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    refused(capsys, linear_eval, [str(tmp_path / "checkpoint.pt"), "--device", "cpu"], "not finite", status=1)
+    monkeypatch.setattr(linear_eval, "features", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("a\nb")))
+    refused(capsys, linear_eval, [run(), "--device", "cpu"], "out of GPU memory", "--batch-size 128", status=1)
+    monkeypatch.setattr(linear_eval, "features", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    refused(capsys, linear_eval, [run(), "--device", "cpu"], "stopped", status=130)
+
+
+def test_results_of_different_protocols_stand_side_by_side(run, tmp_path):
+    for more in ([], ["--augment"], ["--seed", 7, "--label-fraction", 0.5], ["--dataset", "shapes", "--image-size", 8]):
+        judge(run(), "--epochs", 1, "--out", tmp_path, *more)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "eval_linear.json", "eval_linear_0.5_seed7.json", "eval_linear_augment.json", "eval_linear_shapes.json"]
 
 
 def test_tensorboard(run, tmp_path, capsys, monkeypatch):
@@ -346,7 +369,7 @@ def test_what_it_shares_with_the_scripts_is_equal():
     theirs, ours = ({node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body
                      if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
                     for text in ((ROOT / f"{name}.py").read_text() for name in ("simsiam", "linear_eval")))
-    both = theirs.keys() & ours.keys() - {"parse_args", "main"}
+    both = theirs.keys() & ours.keys() - {"parse_args", "train", "main"}
     assert both == {"fail", "Parser", "Help", "number", "crop_resize", "random_resized_crop", "random_flip", "features",
                     "knn_accuracy", "commit"}
     assert all(theirs[name] == ours[name] for name in both)
