@@ -8,8 +8,10 @@ import hashlib
 import math
 import os
 import shutil
+import socket
 import sys
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -86,7 +88,9 @@ def _read_cifar(name, data_dir, image_size):
     kind, archive = {"cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
                      "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz")}[name]
     try:
-        sets = [kind(data_dir, train=train, download=True) for train in (True, False)]
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with locked(data_dir):  # of processes that start together one downloads
+            sets = [kind(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as problem:
         raise ValueError(f"cannot download {name} ({problem}): place {archive} in {data_dir}, or "
                          "try --dataset shapes, which needs no files") from None
@@ -136,8 +140,13 @@ def locked(folder, wait=True):
     """
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            if fcntl:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # some network file systems have no such locks
         yield
     finally:
         if fcntl:
@@ -151,8 +160,12 @@ def _decoded(files, root, size, path):
     """
     digest = hashlib.sha256()
     for file in files:
-        stat = file.stat()
-        digest.update(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        try:
+            stat = file.stat()
+        except OSError as problem:  # a link to nothing
+            raise ValueError(f"cannot read {file} ({problem}): mend or remove it") from None
+        line = f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.parent):  # of processes that start together one decodes
@@ -163,7 +176,9 @@ def _decoded(files, root, size, path):
                     kept = file.read()
             if kept != digest.digest():
                 _decode(files, size, path, digest.digest())
-        return torch.from_numpy(np.load(path, mmap_mode="c"))
+        with warnings.catch_warnings():  # "c" could be written to, but must fit into memory
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(np.load(path, mmap_mode="r"))
     except OSError as problem:
         raise ValueError(f"cannot keep the decoded images ({problem}): name another folder for "
                          "them with --cache-dir") from None
@@ -171,12 +186,16 @@ def _decoded(files, root, size, path):
 
 def _decode(files, size, path, digest):
     """Write files as an array to a temporary name, on all cores in bounded memory; rename it."""
+    # Machines that share a disk do not share locks: each writes a file of its own.
+    mine = f"{path.stem}.{socket.gethostname()}"
+    for left in path.parent.glob(f"{mine}-*.tmp"):  # by one that was killed
+        left.unlink()
     need, free = len(files) * 3 * size**2, shutil.disk_usage(path.parent).free
     if need > free:
         raise ValueError(f"the decoded images need {need / 2**30:.2f} GiB in {path.parent}, which "
                          f"has {free / 2**30:.2f} GiB free: make room, or name another folder for "
                          "them with --cache-dir")
-    part, start = path.with_suffix(".tmp"), time.perf_counter()
+    part, start = path.with_name(f"{mine}-{os.getpid()}.tmp"), time.perf_counter()
     shown = start
     try:
         with open(part, "wb") as out, ThreadPoolExecutor() as pool:  # PIL frees Python's lock
@@ -267,7 +286,7 @@ def resident(images, device):
     return images.to(device)
 
 
-def batches(images, order, batch_size, device, workers=os.cpu_count() or 1):
+def batches(images, order, batch_size, device, workers=min(8, os.cpu_count() or 1)):
     """Yield images[order] on the device, batch by batch; the last one may be smaller.
 
     images: (N, 3, H, W) uint8, on the device or on the host; order: (M,) int64 on the host

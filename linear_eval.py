@@ -114,7 +114,7 @@ def parse_args(argv=None):
     add("--mean", type=number(float, -10, 10), nargs=3, metavar=("R", "G", "B"),
         help="of the pixels in [0, 1] (default: the checkpoint's; for foreign weights ImageNet's)")
     add("--std", type=number(float, 1e-6, 10), nargs=3, metavar=("R", "G", "B"), help="likewise")
-    add("--workers", type=number(int, 1, 1024), default=os.cpu_count() or 1,
+    add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
         help="threads that gather batches of images that do not fit on the device")
     add = parser.add_argument_group("network, if not the checkpoint's").add_argument
     add("--arch", choices=ARCHS, help="backbone (default for foreign weights: resnet18)")

@@ -111,7 +111,7 @@ def parse_args(argv=None):
     add("--data-dir", default="data", help="where it lies or is downloaded to")
     add("--cache-dir", help="where a folder's decoded images are kept (default: in --data-dir)")
     add("--image-size", type=number(int, 8, 4096), help="pixels (default: 32; folder: 224)")
-    add("--workers", type=number(int, 1, 1024), default=os.cpu_count() or 1,
+    add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
         help="threads that gather batches of images that do not fit on the device")
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=ARCHS, default="resnet18", help="backbone")
@@ -510,20 +510,18 @@ def train(args, stack):
     if path.exists() and not (args.resume or args.overwrite):
         fail(f"{args.out} already holds a run: --resume goes on with it, --overwrite replaces it")
     saved = load_checkpoint(path, args) if args.resume else None
-    if world > 1 and device.type == "cuda":
+    if device.type != "cpu" and local_rank >= getattr(torch, device.type).device_count():
+        fail(f"this machine has fewer {device.type} devices than processes")
+    if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
     stem = args.stem.replace("auto", "cifar" if size <= 64 else "imagenet")
     try:
-        if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         model = Model(partial(resnet, args.arch, args.width, stem), args)
-        if local_rank > 0:
-            dist.barrier()  # one process a machine downloads, then the others read
         data = load_dataset(args.dataset, args.data_dir, size, args.cache_dir)
-        if world > 1 and local_rank == 0:
-            dist.barrier()
+        if world > 1:  # after the data: a process that waits for the others ends in minutes
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except ValueError as problem:
         fail(problem)
     count, steps = len(data.train_images), len(data.train_images) // args.batch_size
@@ -537,7 +535,8 @@ def train(args, stack):
         if device.type == "cuda" and Model.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         network = nn.parallel.DistributedDataParallel(model)
-    if device.type == "cuda" if args.compile is None else args.compile:
+    default = device.type == "cuda" and importlib.util.find_spec("triton")  # absent on Windows
+    if default if args.compile is None else args.compile:
         network = torch.compile(network)
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
     # <method>
@@ -627,9 +626,11 @@ def train(args, stack):
                  f"lower --lr; {path} holds epoch {epoch - 1}", status=1)
         start, knn = time.perf_counter(), None
         if data.test_labels is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            bank, queries = (gather(features(model.f, x, mean, std, args.batch_size, autocast,
-                                             rank, world)).view(world, -1, model.f.num_features)
-                             .transpose(0, 1).flatten(0, 1)[:len(x)] for x in (images, test_images))
+            shares = (features(model.f, x, mean, std, args.batch_size // world, autocast, rank,
+                               world) for x in (images, test_images))
+            bank, queries = (gather(x).view(world, *x.shape).transpose(0, 1).flatten(0, 1)
+                             for x in shares)
+            bank, queries = bank[:count], queries[:len(test_images)]
             knn = knn_accuracy(bank, data.train_labels.to(device),
                                queries, data.test_labels.to(device),
                                len(data.classes), args.knn_k, args.knn_tau)
@@ -664,21 +665,24 @@ def interrupt(signum, frame):
 
 def main(argv=None):
     """Train as the flags say, return the last epoch's metrics; end what stops it in one line."""
-    args = parse_args(argv)
+    args, begun = parse_args(argv), time.time()
     try:
         with ExitStack() as stack:
             return train(args, stack)
     except torch.OutOfMemoryError:
         fail(f"out of GPU memory: try --batch-size {args.batch_size // 2}", status=1)
     except KeyboardInterrupt as stop:
+        status = 128 + (stop.args or (signal.SIGINT,))[0]
+        if processes()[0] > 0:
+            raise SystemExit(status) from None  # the first process says it
         path, kept = Path(args.out, "checkpoint.pt"), "nothing is saved yet"
-        if path.exists():
+        if path.exists() and not (args.overwrite and path.stat().st_mtime < begun):
             epoch = torch.load(path, map_location="cpu", weights_only=True)["epoch"]
             flags = [flag for flag in (sys.argv[1:] if argv is None else argv)
                      if flag not in ("--overwrite", "--resume")]
             kept = (f"{path} holds epoch {epoch}, go on with: python {Path(__file__).name} "
                     f"{shlex.join([*flags, '--resume'])}")
-        fail(f"stopped: {kept}", status=128 + (stop.args or (signal.SIGINT,))[0])
+        fail(f"stopped: {kept}", status)
 
 
 if __name__ == "__main__":
