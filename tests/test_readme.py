@@ -40,6 +40,22 @@ def test_every_measured_row_equals_its_log():
         assert header["args"]["epochs"] == epochs[-1]["epoch"] and header["torch"] and header["commit"]
 
 
+def test_the_evaluations_equal_their_log():
+    """Rows of linear_eval.py: accuracies by method, mode and share of the labels."""
+    lines = [json.loads(line) for line in (ROOT / "tests/reference/linear_eval_cifar10jpeg_w0.25_3ep_cpu.jsonl").read_text().splitlines()]
+    told = {(line["method"], line["args"]["mode"], line["args"]["label_fraction"]): line for line in lines}
+    table = README[README.index("| checkpoint |"):].split("\n\n")[0]
+    rows = {row.split("|")[1].strip(" `"): [cell.strip() for cell in row.split("|")[2:-1]] for row in table.splitlines()[2:]}
+    assert [*rows] == [*(f"{name}.py" for name in SCRIPTS), "from scratch"]
+    for name in SCRIPTS:
+        linear, few = told[name, "linear", 1.0], told[name, "linear", 0.1]
+        numbers = [linear["top1"], linear["top5"], few["top1"], told[name, "finetune", 0.1]["top1"], told[name, "finetune", 1.0]["top1"],
+                   *(linear[f"knn{k}"] for k in (1, 5, 20, 200))]
+        assert rows[f"{name}.py"] == [f"{x:.1f}" for x in numbers]
+        assert linear["knn200"] == pytest.approx(log(f"{name}_cifar10jpeg_w0.25_3ep_cpu.jsonl")[1][-1]["knn"], abs=0.1)
+    assert rows["from scratch"][3:5] == [f"{told['simclr', 'scratch', share]['top1']:.1f}" for share in (0.1, 1.0)]
+
+
 def minutes(epochs):
     """Training and monitoring, as logged."""
     return sum(line["seconds"] + line["knn_seconds"] for line in epochs) / 60
