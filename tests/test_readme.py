@@ -56,6 +56,18 @@ def test_the_evaluations_equal_their_log():
     assert rows["from scratch"][3:5] == [f"{told['simclr', 'scratch', share]['top1']:.1f}" for share in (0.1, 1.0)]
 
 
+def test_the_cost_of_large_folders_is_arithmetic():
+    """Images/s as measured; bytes and minutes follow from them."""
+    measured = (ROOT / "tests/reference/folder224_cpu.txt").read_text()
+    once = re.search(r"decoding once +([\d,]+) images/s", measured)[1]
+    epoch = re.search(r"an epoch from the cache +([\d,]+) images/s", measured)[1]
+    words = " ".join(README.split())
+    assert f"decoding {once} images/s, once; then {epoch} images/s" in words
+    for count, size, minutes in ((130_000, 20, 8), (1_331_167, 200, 77)):
+        assert round(count * 3 * 224**2 / 1e9) == size and round(count / int(once) / 60) == minutes
+        assert f"{size} GB" in words and f"{minutes} minutes" in words
+
+
 def minutes(epochs):
     """Training and monitoring, as logged."""
     return sum(line["seconds"] + line["knn_seconds"] for line in epochs) / 60
