@@ -159,7 +159,8 @@ def test_two_runs_do_not_share_a_folder(script, flags, capsys, tmp_path):
 def start(name, argv, epochs=1):
     """The script as a program, once it has printed so many epochs (all but the last are saved), and the first of them."""
     program = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1"},  # and Ctrl-C, which a shell's background jobs ignore:
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     seen = []
     for line in program.stdout:
         if line.startswith("epoch="):
@@ -176,7 +177,7 @@ def test_a_signal_ends_it_in_one_line_that_goes_on(name, number, flags, tmp_path
     argv = flags(module, "--epochs", "5000", "--knn-every", "5000")  # more than it will see
     program, _ = start(name, argv, epochs=2)
     program.send_signal(number)
-    said, error = program.communicate()
+    said, error = program.communicate(timeout=60)
     assert program.returncode == 128 + number and error.count("\n") == 1 and error.startswith("error: stopped: "), error
     saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["epoch"]
     assert f"holds epoch {saved}, go on with: python {name}.py --dataset" in error
