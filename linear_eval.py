@@ -65,11 +65,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of every flag that has one."""
+    """Show the default of every flag that has one; N is a number, all other values are paths."""
 
     def _get_help_string(self, action):
         unset = action.default is None or action.default is False
         return action.help if unset else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N" if action.type else "PATH"
 
 
 def number(kind, low, high):
@@ -120,7 +123,7 @@ def parse_args(argv=None):
     add("--arch", choices=ARCHS, help="backbone (default for foreign weights: resnet18)")
     add("--width", type=number(float, 0.25, 16), help="times every channel count")
     add("--stem", choices=("cifar", "imagenet"), help="(default: by the size of conv1)")
-    add("--prefix", help="of the backbone in foreign weights: module.encoder_q.")
+    add("--prefix", metavar="NAME", help="of the backbone in foreign weights: module.encoder_q.")
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=number(int, 2, 10**6), default=256, help="images a step")
     add("--seed", type=number(int, 0, 10**9), default=0, help="of all random numbers")

@@ -90,11 +90,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of every flag that has one."""
+    """Show the default of every flag that has one; N is a number, all other values are paths."""
 
     def _get_help_string(self, action):
         unset = action.default is None or action.default is False
         return action.help if unset else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N" if action.type else "PATH"
 
 
 def number(kind, low, high):

@@ -2,12 +2,20 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
+from torchvision import models
 
-from conftest import ROOT, SCRIPTS
+import common
+import simclr
+from conftest import OWN, ROOT, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
 ROW = re.compile(r"(?m)^\|(.*)\|$")
@@ -74,17 +82,67 @@ def minutes(epochs):
 
 
 def commands():
-    """The command lines of the README's indented blocks."""
+    """The command lines of the README's indented blocks, but for pip and pytest, which CI runs."""
     for line in re.findall(r"(?m)^ {4}(\S.*)$", README):
-        yield from (part.strip() for part in line.split("&&"))
+        yield from (part.strip() for part in line.split("&&") if not re.search(r"^\s*pip | -m pytest", part))
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith(("python ", "torchrun ")) and " -m " not in c])
-def test_commands_parse(command):
-    command = command.replace("torchrun --nproc-per-node 8", "python")
-    words = shlex.split(command, comments=True)
-    assert words[1].removesuffix(".py") in (*SCRIPTS, "linear_eval")
-    importlib.import_module(words[1].removesuffix(".py")).parse_args(words[2:])
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, folder):
+    """The folder in which the README's reader types: images, a checkpoint of simclr.py, foreign weights."""
+    root = tmp_path_factory.mktemp("home")
+    for name in ("data", "my_images", "imagenet100"):
+        shutil.copytree(folder, root / name)
+    simclr.main([*SMALL, "--dataset", "folder", "--data-dir", str(folder), "--image-size", "16", "--out", str(root / "runs/simclr")])
+    weights = models.resnet50().state_dict()
+    torch.save({"state_dict": {f"module.encoder_q.{name}": x for name, x in weights.items()}}, root / "moco.pth")
+    return root
+
+
+SMALL = ["--epochs", "1", "--width", "0.25", "--batch-size", "8", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("command", [*commands()])
+def test_commands_run(command, home, tmp_path, monkeypatch, capsys):
+    """Every command as it stands, in one epoch on small images; torchrun and diff as programs, the scripts through main."""
+    program, *words = shlex.split(command, comments=True)
+    assert program in ("python", "torchrun", "diff")
+    monkeypatch.chdir(home)
+    if program == "diff":
+        done = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout
+        return
+    if program == "torchrun":
+        assert words[:2] == ["--nproc-per-node", "8"]
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / words[2]), *words[3:]]
+        done = subprocess.run([*words, *SMALL, "--image-size", "16", "--out", str(tmp_path)], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0 and "epoch=1 " in done.stdout, done.stderr
+        return
+    name, argv = words[0].removesuffix(".py"), words[1:]
+    module, small = importlib.import_module(name), list(SMALL)
+    if name == "linear_eval":
+        small[2:4] = []  # the width is the checkpoint's
+    real = common.load_dataset
+
+    def load(name, data_dir, size, cache_dir):
+        if name == "folder":
+            return real(name, data_dir, size, cache_dir)
+        (train, labels), (test, test_labels) = common.draw_shapes(48, size), common.draw_shapes(16, size, seed=1)
+        half = torch.full((3,), 0.5)
+        return common.Dataset(train, labels, test, test_labels, common.SHAPES, half, half)
+    monkeypatch.setattr(module, "load_dataset", load)
+    final = module.main([*argv, *small, *OWN.get(name, []), "--out", str(tmp_path)])
+    assert "knn200" in final if name == "linear_eval" else final["epoch"] == 1
+    assert all((home / word).stat().st_size for word in words if word.endswith((".png", ".pth")))
+
+
+def test_snippets_run(capsys):
+    """The README's Python, as it stands."""
+    snippets = re.findall(r"(?ms)^```python\n(.*?)^```", README)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
 
 
 def test_the_newcomers_two_commands_install_for_themselves():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets.folder import default_loader
 
 import common
@@ -257,6 +258,42 @@ def test_the_last_partial_batch_is_left_out_of_training_only(flags, monkeypatch)
     assert seen == [9] * 8 and counted == [(40, 12), (40, 12)]
 
 
+class Questions(TorchDispatchMode):
+    """Notes every operation whose result the host must wait for: a value, or a shape that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.steps = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func.overloadpacket is torch.ops.aten.index and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        if masks or func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
+                                            torch.ops.aten.masked_select):
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_loop_never_waits_for_the_device(script, flags, monkeypatch):
+    """One wait an epoch: inside a step nothing on the device is asked for, or a GPU would idle while the host catches up."""
+    questions, make = Questions(), script.batches
+
+    def batches(images, order, *rest):
+        if len(rest) < 3:  # the kNN monitor's call
+            yield from make(images, order, *rest)
+            return
+        for x in make(images, order, *rest):
+            questions.steps += 1
+            with questions:
+                yield x
+    monkeypatch.setattr(script, "batches", batches)
+    script.main(flags(script))
+    assert questions.steps == 10 and questions.asked == []
+    with questions:
+        torch.ones(1).item(), torch.ones(2)[torch.ones(2) > 0]
+    assert len(questions.asked) == 2  # it would have seen them
+
+
 # ------------------------------------------------------------------------------------- collapse
 def test_without_stop_gradient_the_output_collapses(tmp_path, monkeypatch):
     """Fig. 2: without it the loss goes towards -1 and std towards 0; with it they do not."""
@@ -379,11 +416,13 @@ def test_an_out_that_cannot_be_written(script, flags, capsys, tmp_path):
 
 # ------------------------------------------------------------------------------ what users see
 def test_help_shows_groups_defaults_and_sources():
-    for name in SCRIPTS:
-        said = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True, check=True).stdout
-        for word in ("data:", "network:", "run:", "output:", "monitor:", "recipe:", "(default: 512)", "[", f"runs/{name}"):
-            assert word in said
-        assert "None" not in said
+    for name in (*SCRIPTS, "linear_eval"):
+        said = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True, check=True,
+                              env={**os.environ, "COLUMNS": "80"}).stdout
+        own = ("judge:", "[SimCLR v2 Sec. 2]") if name == "linear_eval" else ("monitor:", "recipe:", "(default: 512)", f"runs/{name}")
+        for word in ("data", "network", "run:", "output:", "(default: auto)", "[MoCo CIFAR demo]", *own):
+            assert word in said, (name, word)
+        assert "None" not in said and said.count("\n") <= 90  # two screens
 
 
 def test_views_picture(script, flags, tmp_path, capsys):
