@@ -9,12 +9,13 @@ arXiv 1911.05722, with the MLP head of MoCo v2, arXiv 2003.04297 (v1's: --proj-l
 A view's query must find the key of the image's other view among the keys of earlier batches. Keys
 come from a slow copy of the network, an exponential moving average, so that old keys stay valid.
 
-    x1, x2   (B, 3, H, W)   two random views of a batch of B images
-    f, g     query side     f(x) is what is kept, (B, 512) for ResNet-18; q = g(f(x)), (B, 128)
-    f_k, g_k key side       k = g_k(f_k(x)), (B, 128), a constant
-    queue    (K, 128)       the last K unit keys, the negatives
+    x1, x2   (B, 3, H, W)  two random views of a batch of B images
+    f, g     query side    f(x) is what is kept, (B, 512) for ResNet-18; q = g(f(x)), (B, 128)
+    f_k, g_k key side      k = g_k(f_k(x)), (B, 128), a constant
+    queue    (K, 128)      the last K unit keys, the negatives
+    tau, m   scalars       temperature of the softmax; share of theta_k that every average keeps
     l(q, k)  = -log( exp(q . k / tau) / (exp(q . k / tau) + sum_i exp(q . queue_i / tau)) )   (1)
-    theta_k  = m theta_k + (1 - m) theta_q, after every step                                  (2)
+    theta_k  = m theta_k + (1 - m) theta_q, the parameters of either side, after every step   (2)
     L        = l(q1, k2) + l(q2, k1), or l(q1, k2) with --no-symmetric; |q| = |k| = 1
 
 Differences from the paper:
@@ -24,7 +25,9 @@ Differences from the paper:
 - The recipe is the authors' for CIFAR-10 (their Colab notebook), but for the head, linear there:
   the symmetric loss, a sum, whose keys enter the queue together after both losses; ShuffleBN on
   one GPU by 8 splits of each batch.
-- The average moves after the optimizer's step, not before the next forward: the same sequence.
+- The defaults are CIFAR's at any size; for ImageNet v2 has crops from 0.2, tau 0.2, m 0.999,
+  K 65536 and weight decay 1e-4. A folder's crops are cut from images already resized to
+  --image-size.
 """
 
 # =================== 1. Imports (shared) ===================
@@ -122,7 +125,7 @@ def parse_args(argv=None):
     add("--cache-dir", help="where a folder's decoded images are kept (default: in --data-dir)")
     add("--image-size", type=number(int, 8, 4096), help="pixels (default: 32; folder: 224)")
     add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
-        help="threads that gather batches of images that do not fit on the device")
+        help="threads that gather training images that do not fit on the device")
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=ARCHS, default="resnet18", help="backbone")
     # Below 16 channels torch 2.11 to 2.15 corrupts memory on CPUs (channels_last, 1x1, stride 2).
@@ -224,12 +227,13 @@ def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** u[1]  # log-uniform
     width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (N, 10)
     fits = (width > 0) & (width <= w) & (height > 0) & (height <= h)
-    none, first = ~fits.any(1), fits.int().argmax(1, keepdim=True)
+    missed, first = ~fits.any(1), fits.int().argmax(1, keepdim=True)
     # The fallback is the largest centred box whose ratio is allowed.
-    width = width.gather(1, first)[:, 0].where(~none, min(w, round(h * ratio[1])))
-    height = height.gather(1, first)[:, 0].where(~none, min(h, round(w / ratio[0])))
+    width = width.gather(1, first)[:, 0].where(~missed, min(w, round(h * ratio[1])))
+    height = height.gather(1, first)[:, 0].where(~missed, min(h, round(w / ratio[0])))
     spare = torch.stack([h - height, w - width])  # (2, N) pixels above and left of the lowest box
-    top, left = torch.where(none, spare // 2, (u[2:, :, 0] * (spare + 1)).floor().minimum(spare))
+    top, left = torch.where(missed, spare // 2,
+                            (u[2:, :, 0] * (spare + 1)).floor().minimum(spare))
     return crop_resize(x, torch.stack([top, left, height, width], 1), size)
 
 
@@ -427,10 +431,11 @@ class Model(nn.Module):
         for name, module in [*f.named_modules()] if self.splits > 1 else ():
             if isinstance(module, nn.BatchNorm2d):
                 f.set_submodule(name, SplitBatchNorm2d(module.num_features, self.splits))
+        widths = [*[f.num_features] * args.proj_layers, 128]
         layers = []
-        for _ in range(args.proj_layers - 1):
-            layers += [nn.Linear(f.num_features, f.num_features), nn.ReLU()]
-        return f, nn.Sequential(*layers, nn.Linear(f.num_features, 128))
+        for fan_in, fan_out in zip(widths, widths[1:]):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        return f, nn.Sequential(*layers[:-1])  # the last layer is linear
 
     @torch.no_grad()
     def key(self, x):
@@ -574,11 +579,12 @@ def train(args, stack):
     try:
         model = Model(partial(resnet, args.arch, args.width, stem), args)
         data = load_dataset(args.dataset, args.data_dir, size, args.cache_dir)
-        if world > 1:  # after the data: a process that waits for the others ends in minutes
+        if world > 1:  # after the data: decoding may outlast the time that processes wait
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except ValueError as problem:
         fail(problem)
     count, steps = len(data.train_images), len(data.train_images) // args.batch_size
+    batch = args.batch_size // world  # of this process
     if steps == 0:
         fail(f"--batch-size {args.batch_size} is more than the {count} training images")
     images, test_images = (resident(x, device) for x in (data.train_images, data.test_images))
@@ -603,7 +609,8 @@ def train(args, stack):
     # </method>
     lines = [json.dumps({
         "args": vars(args), "lr": lr, "images": count, "test_images": len(test_images),
-        "parameters": sum(p.numel() for p in model.parameters()), "chance_loss": chance_loss(args),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "chance_loss": chance_loss(args),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "processes": world, "precision": precision, "torch": torch.__version__,
         "commit": commit()}) + "\n"]
@@ -632,22 +639,22 @@ def train(args, stack):
         print(lines[0], end="", flush=True)
     if data.train_labels is None and rank == 0:
         print("kNN is off: labels need train/ and test/ or val/, with a folder a class", flush=True)
-    writer, low = None, 0  # low: epochs in a row with a collapsed output
+    first = saved["epoch"] + 1 if saved else 0
+    writer, collapsed = None, 0  # epochs in a row with a collapsed output
     if args.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
-        writer = stack.enter_context(SummaryWriter(args.out))
+        writer = stack.enter_context(SummaryWriter(args.out, purge_step=first))
 
-    for epoch in range(saved["epoch"] + 1 if saved else 0, args.epochs + 1):
+    for epoch in range(first, args.epochs + 1):
         seed = args.seed * 10**6 + epoch  # so --resume draws what a whole run draws
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         order = order[:steps * args.batch_size if epoch else 0]  # 0: untrained
-        part = order.view(-1, world, args.batch_size // world)[:, rank].flatten()
+        share = order.view(-1, world, batch)[:, rank].flatten()
         torch.manual_seed(seed + rank * 10**16)  # no two processes draw the same views
         losses, stds = torch.zeros(2, steps, device=device)
-        start, shown, rate = time.perf_counter(), 0.0, lr
+        start, shown, rate = time.perf_counter(), 0.0, None
         model.train()
-        for step, x in enumerate(batches(images, part, args.batch_size // world, device,
-                                          args.workers)):
+        for step, x in enumerate(batches(images, share, batch, device, args.workers)):
             rate = learning_rate((epoch - 1) * steps + step, args.epochs * steps, lr,
                                  args.warmup_epochs * steps)
             for group in optimizer.param_groups:
@@ -663,7 +670,7 @@ def train(args, stack):
             loss.backward()
             optimizer.step()
             # <method>
-            momentum_update(model.f, model.f_k, args.m)  # Eq. 2
+            momentum_update(model.f, model.f_k, args.m)  # Eq. 2 and Alg. 1
             momentum_update(model.g, model.g_k, args.m)
             keys = gather(torch.cat([k for _, k in pairs]))  # of all processes: one queue
             model.ptr.copy_(enqueue(model.queue, model.ptr, keys))
@@ -685,8 +692,8 @@ def train(args, stack):
                  f"lower --lr; {path} holds epoch {epoch - 1}", status=1)
         start, knn = time.perf_counter(), None
         if data.test_labels is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            shares = (features(model.f, x, mean, std, args.batch_size // world, autocast, rank,
-                               world) for x in (images, test_images))
+            shares = (features(model.f, x, mean, std, batch, autocast, rank, world)
+                      for x in (images, test_images))
             bank, queries = (gather(x).view(world, *x.shape).transpose(0, 1).flatten(0, 1)
                              for x in shares)
             bank, queries = bank[:count], queries[:len(test_images)]
@@ -694,14 +701,17 @@ def train(args, stack):
                                queries, data.test_labels.to(device),
                                len(data.classes), args.knn_k, args.knn_tau)
         record = {"epoch": epoch, "loss": losses.mean().item() if epoch else None,
-                  "std": stds.mean().item() if epoch else None, "lr": rate, "knn": knn,
+                  "std": stds.mean().item() if epoch else None,
+                  "lr": rate, "knn": knn,
                   "views_s": len(order) * len(views) / seconds if epoch else None,
                   "seconds": seconds, "knn_seconds": time.perf_counter() - start}
-        # After a batch norm no output is constant: one odd image in B leaves std 2 / sqrt(B).
-        low = low + 1 if epoch and record["std"] < 0.1 + 2 / args.batch_size ** 0.5 else 0
+        # After a batch norm no output is constant: one odd image in B leaves std 2 / sqrt(B). And
+        # no healthy run is called collapsed: MoCo's reads about 0.6.
+        low = min(0.1 + 2 / batch ** 0.5, 0.4)
+        collapsed = collapsed + 1 if epoch and record["std"] < low else 0
         if rank > 0:
             continue
-        if low == 3:
+        if collapsed == 3:
             print(f"warning: collapsed: std {record['std']:.3f}, not about 1", file=sys.stderr)
         try:
             report(record, log, writer)

@@ -20,6 +20,9 @@ Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order of the
   four colour operations is drawn once a batch of views: each of them is one pass over the batch.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
+- g's last batch norm has no scale and shift, as in the authors' code (SimSiam's builder.py).
+- The defaults are CIFAR's at any size; for ImageNet SimSiam has a projector of three layers, lr
+  0.05 and weight decay 1e-4. A folder's crops are cut from images already resized to --image-size.
 """
 
 # =================== 1. Imports (shared) ===================
@@ -113,7 +116,7 @@ def parse_args(argv=None):
     add("--cache-dir", help="where a folder's decoded images are kept (default: in --data-dir)")
     add("--image-size", type=number(int, 8, 4096), help="pixels (default: 32; folder: 224)")
     add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
-        help="threads that gather batches of images that do not fit on the device")
+        help="threads that gather training images that do not fit on the device")
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=ARCHS, default="resnet18", help="backbone")
     # Below 16 channels torch 2.11 to 2.15 corrupts memory on CPUs (channels_last, 1x1, stride 2).
@@ -215,12 +218,13 @@ def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** u[1]  # log-uniform
     width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (N, 10)
     fits = (width > 0) & (width <= w) & (height > 0) & (height <= h)
-    none, first = ~fits.any(1), fits.int().argmax(1, keepdim=True)
+    missed, first = ~fits.any(1), fits.int().argmax(1, keepdim=True)
     # The fallback is the largest centred box whose ratio is allowed.
-    width = width.gather(1, first)[:, 0].where(~none, min(w, round(h * ratio[1])))
-    height = height.gather(1, first)[:, 0].where(~none, min(h, round(w / ratio[0])))
+    width = width.gather(1, first)[:, 0].where(~missed, min(w, round(h * ratio[1])))
+    height = height.gather(1, first)[:, 0].where(~missed, min(h, round(w / ratio[0])))
     spare = torch.stack([h - height, w - width])  # (2, N) pixels above and left of the lowest box
-    top, left = torch.where(none, spare // 2, (u[2:, :, 0] * (spare + 1)).floor().minimum(spare))
+    top, left = torch.where(missed, spare // 2,
+                            (u[2:, :, 0] * (spare + 1)).floor().minimum(spare))
     return crop_resize(x, torch.stack([top, left, height, width], 1), size)
 
 
@@ -330,9 +334,9 @@ def augment(x, args, generator=None):
 
 # =================== 5. Loss (method) ===================
 def neg_cosine(p, z, stop_gradient=True):
-    """D(p, stopgrad(z)), Eq. 1 and 3 and Algorithm 1: mean over the batch, in [-1, 1].
+    """D(p, stopgrad(z)), SimSiam's Eq. 1, 3 and Alg. 1: mean over the batch, in [-1, 1].
 
-    p: (B, D) predictions; z: (B, D) projections of the other view
+    p: (B, 2048) predictions; z: (B, 2048) projections of the other view
     """
     z = z.detach() if stop_gradient else z  # Alg. 1
     p, z = F.normalize(p.float(), dim=1), F.normalize(z.float(), dim=1)
@@ -357,7 +361,7 @@ class Model(nn.Module):
         # Two layers on CIFAR [SimSiam App. D]; a bias before a batch norm would do nothing.
         self.g = nn.Sequential(
             nn.Linear(self.f.num_features, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(),
-            nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim, affine=False))  # official code
+            nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim, affine=False))  # builder.py
         self.h = nn.Sequential(
             nn.Linear(dim, args.pred_dim, bias=False), nn.BatchNorm1d(args.pred_dim), nn.ReLU(),
             nn.Linear(args.pred_dim, dim))
@@ -489,11 +493,12 @@ def train(args, stack):
     try:
         model = Model(partial(resnet, args.arch, args.width, stem), args)
         data = load_dataset(args.dataset, args.data_dir, size, args.cache_dir)
-        if world > 1:  # after the data: a process that waits for the others ends in minutes
+        if world > 1:  # after the data: decoding may outlast the time that processes wait
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except ValueError as problem:
         fail(problem)
     count, steps = len(data.train_images), len(data.train_images) // args.batch_size
+    batch = args.batch_size // world  # of this process
     if steps == 0:
         fail(f"--batch-size {args.batch_size} is more than the {count} training images")
     images, test_images = (resident(x, device) for x in (data.train_images, data.test_images))
@@ -517,7 +522,8 @@ def train(args, stack):
     # </method>
     lines = [json.dumps({
         "args": vars(args), "lr": lr, "images": count, "test_images": len(test_images),
-        "parameters": sum(p.numel() for p in model.parameters()), "chance_loss": chance_loss(args),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "chance_loss": chance_loss(args),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "processes": world, "precision": precision, "torch": torch.__version__,
         "commit": commit()}) + "\n"]
@@ -546,22 +552,22 @@ def train(args, stack):
         print(lines[0], end="", flush=True)
     if data.train_labels is None and rank == 0:
         print("kNN is off: labels need train/ and test/ or val/, with a folder a class", flush=True)
-    writer, low = None, 0  # low: epochs in a row with a collapsed output
+    first = saved["epoch"] + 1 if saved else 0
+    writer, collapsed = None, 0  # epochs in a row with a collapsed output
     if args.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
-        writer = stack.enter_context(SummaryWriter(args.out))
+        writer = stack.enter_context(SummaryWriter(args.out, purge_step=first))
 
-    for epoch in range(saved["epoch"] + 1 if saved else 0, args.epochs + 1):
+    for epoch in range(first, args.epochs + 1):
         seed = args.seed * 10**6 + epoch  # so --resume draws what a whole run draws
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         order = order[:steps * args.batch_size if epoch else 0]  # 0: untrained
-        part = order.view(-1, world, args.batch_size // world)[:, rank].flatten()
+        share = order.view(-1, world, batch)[:, rank].flatten()
         torch.manual_seed(seed + rank * 10**16)  # no two processes draw the same views
         losses, stds = torch.zeros(2, steps, device=device)
-        start, shown, rate = time.perf_counter(), 0.0, lr
+        start, shown, rate = time.perf_counter(), 0.0, None
         model.train()
-        for step, x in enumerate(batches(images, part, args.batch_size // world, device,
-                                          args.workers)):
+        for step, x in enumerate(batches(images, share, batch, device, args.workers)):
             rate = learning_rate((epoch - 1) * steps + step, args.epochs * steps, lr,
                                  args.warmup_epochs * steps)
             for group in optimizer.param_groups:
@@ -595,8 +601,8 @@ def train(args, stack):
                  f"lower --lr; {path} holds epoch {epoch - 1}", status=1)
         start, knn = time.perf_counter(), None
         if data.test_labels is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            shares = (features(model.f, x, mean, std, args.batch_size // world, autocast, rank,
-                               world) for x in (images, test_images))
+            shares = (features(model.f, x, mean, std, batch, autocast, rank, world)
+                      for x in (images, test_images))
             bank, queries = (gather(x).view(world, *x.shape).transpose(0, 1).flatten(0, 1)
                              for x in shares)
             bank, queries = bank[:count], queries[:len(test_images)]
@@ -604,14 +610,17 @@ def train(args, stack):
                                queries, data.test_labels.to(device),
                                len(data.classes), args.knn_k, args.knn_tau)
         record = {"epoch": epoch, "loss": losses.mean().item() if epoch else None,
-                  "std": stds.mean().item() if epoch else None, "lr": rate, "knn": knn,
+                  "std": stds.mean().item() if epoch else None,
+                  "lr": rate, "knn": knn,
                   "views_s": len(order) * len(views) / seconds if epoch else None,
                   "seconds": seconds, "knn_seconds": time.perf_counter() - start}
-        # After a batch norm no output is constant: one odd image in B leaves std 2 / sqrt(B).
-        low = low + 1 if epoch and record["std"] < 0.1 + 2 / args.batch_size ** 0.5 else 0
+        # After a batch norm no output is constant: one odd image in B leaves std 2 / sqrt(B). And
+        # no healthy run is called collapsed: MoCo's reads about 0.6.
+        low = min(0.1 + 2 / batch ** 0.5, 0.4)
+        collapsed = collapsed + 1 if epoch and record["std"] < low else 0
         if rank > 0:
             continue
-        if low == 3:
+        if collapsed == 3:
             print(f"warning: collapsed: std {record['std']:.3f}, not about 1", file=sys.stderr)
         try:
             report(record, log, writer)

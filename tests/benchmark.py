@@ -4,6 +4,7 @@ Prints, from one run on one machine, ratios that can be compared where seconds c
   augmentation      views/s of `augment`, and of torchvision's per-image PIL pipeline in one process a core
   training          views/s of `main` itself, last epoch, augmentation included
   fixed batch       the same loop fed one batch of ready views: what is left is network, loss and optimizer
+  usual loop        the same network in an eager loop over a DataLoader of torchvision's transforms (simsiam only)
   kNN               seconds for the features of all images and the vote
   memory            peak of the process, or of the GPU
 On CUDA also FLOP/s and the share of a measured bf16 matrix-product peak.
@@ -83,6 +84,29 @@ def train(module, args, data, device, *more):
                             "--batch-size", str(args.batch_size), "--out", out, *own, *more])
 
 
+def usual_loop(module, args, images, device, steps):
+    """Views/s of what SimSiam examples do: torchvision's transforms in a worker a core, a plain eager loop, bf16 on CUDA."""
+    model = module.Model(lambda: common.resnet("resnet18", args.width), module.parse_args([])).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.06, 0.9, weight_decay=5e-4)
+    loader = DataLoader(PilViews(images), args.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count(),
+                        pin_memory=device == "cuda", persistent_workers=True)
+    done, begun = 0, None
+    while done < steps:
+        for x1, x2 in loader:
+            if done == 2:  # the first steps wake workers and choose kernels
+                begun = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16, device == "cuda"):
+                p1, p2, z1, z2 = model(x1.to(device), x2.to(device))
+            loss = module.neg_cosine(p1, z2) / 2 + module.neg_cosine(p2, z1) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            done += 1
+            if done == steps:
+                loss.item()  # the device is done
+                return 2 * args.batch_size * (steps - 2) / (time.perf_counter() - begun)
+
+
 def draw_jpegs(root, count):
     """A folder a class in train/ (nine tenths) and val/: enlarged shapes with grain, of five sizes."""
     images, labels = common.draw_shapes(count)
@@ -159,6 +183,10 @@ def main():
     print(f"augmentation   {ours:10,.0f} views/s  torchvision {theirs:,.0f} in {os.cpu_count()} processes: {ours / theirs:.1f}x")
     print(f"training       {run['views_s']:10,.0f} views/s")
     print(f"fixed batch    {fixed['views_s']:10,.0f} views/s  training reaches {run['views_s'] / fixed['views_s']:.0%} of it")
+    if args.method == "simsiam":
+        module.augment, module.normalize = real_augment, real_normalize
+        usual = usual_loop(module, args, data.train_images, args.device, 100 if cuda else 20)
+        print(f"usual loop     {usual:10,.0f} views/s  training is {run['views_s'] / usual:.1f}x")
     print(f"kNN            {run['knn_seconds']:10.2f} s for {len(data.train_images) + len(data.test_images):,} images")
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory    {peak / 2**30:10.2f} GiB")

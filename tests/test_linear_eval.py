@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,23 @@ def test_linear_is_within_half_a_point_of_lbfgs(scale, tmp_path):
     theirs = fitted(bank, labels[:4000], queries, labels[4000:], 10)
     assert abs(ours["top1"] - theirs) < 0.5
     assert ours["top5"] > ours["top1"] > 25
+
+
+@pytest.mark.parametrize("mode", ["linear", "finetune"])
+def test_a_channel_that_training_never_sees_has_no_effect(mode, monkeypatch):
+    """Zero in all of training, not in the test: the batch norm makes it huge, the classifier must not have heard of it."""
+    images = torch.zeros(40, 3, 8, 8, dtype=torch.uint8)
+    images[20:, 0] = 200
+    test = images[10:30].clone()
+    test[::2, 2] = 1
+    labels = (torch.arange(40) >= 20).long()
+    data = common.Dataset(images, labels, test, labels[10:30], ("a", "b"), torch.zeros(3), torch.ones(3))
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    args = linear_eval.parse_args(["x", "--mode", mode, "--epochs", "20"])
+    bank, queries = (network(x.float() / 255) for x in (images, test))
+    torch.manual_seed(0)
+    end = linear_eval.classify(network, bank, queries, torch.arange(40), data, args, partial(torch.autocast, "cpu", enabled=False))
+    assert end["top1"] == 100
 
 
 def test_top1_and_top5_are_counted_by_hand(monkeypatch):

@@ -154,6 +154,8 @@ def test_it_is_short_and_names_only_what_exists():
     assert README.count("\n") <= 250
     for name in re.findall(r"`((?:tests/)?\w+\.(?:py|txt))`", README):
         assert (ROOT / name).exists(), name
+    pictures = re.findall(r"!\[\]\(([^)]+)\)", README)
+    assert len(pictures) >= 6 and all(0 < (ROOT / name).stat().st_size < 100_000 for name in pictures)
 
 
 def test_requirements_are_lower_bounds_of_four_packages():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets.folder import default_loader
 
@@ -292,6 +293,21 @@ def test_the_loop_never_waits_for_the_device(script, flags, monkeypatch):
     with questions:
         torch.ones(1).item(), torch.ones(2)[torch.ones(2) > 0]
     assert len(questions.asked) == 2  # it would have seen them
+
+
+def test_the_compiled_network_trains_the_same(script, flags, tmp_path, monkeypatch):
+    """One graph, without a break, traced once; an eager backend stands for the one that makes kernels."""
+    compiled, make, graphs = [], torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or make(network, backend=backend, fullgraph=True))
+    plain = script.main(flags(script))
+    assert not compiled
+    end = script.main(flags(script, "--compile", "--out", str(tmp_path / "compiled")))
+    assert len(compiled) == 1 and len(graphs) == 1
+    assert end["loss"] == pytest.approx(plain["loss"], rel=1e-3) and end["knn"] == pytest.approx(plain["knn"], abs=10)
 
 
 # ------------------------------------------------------------------------------------- collapse
