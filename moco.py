@@ -25,9 +25,8 @@ Differences from the paper:
 - The recipe is the authors' for CIFAR-10 (their Colab notebook), but for the head, linear there:
   the symmetric loss, a sum, whose keys enter the queue together after both losses; ShuffleBN on
   one GPU by 8 splits of each batch.
-- The defaults are CIFAR's at any size; for ImageNet v2 has crops from 0.2, tau 0.2, m 0.999,
-  K 65536 and weight decay 1e-4. A folder's crops are cut from images already resized to
-  --image-size.
+- The defaults are CIFAR's at any size; for ImageNet v2 has crops from 0.2, tau 0.2, m 0.999, decay
+  1e-4 and K 65536. A folder's crops are cut from images already resized to --image-size.
 """
 
 # =================== 1. Imports (shared) ===================

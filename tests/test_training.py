@@ -19,6 +19,7 @@ import common
 import moco
 import simclr
 import simsiam
+import simsiam_logo
 from conftest import OWN, ROOT, SCRIPTS
 
 KEYS = ["epoch", "loss", "std", "lr", "knn", "views_s", "seconds", "knn_seconds"]
@@ -97,6 +98,22 @@ def test_moving_average_and_queue_move_once_a_step(flags, monkeypatch):
     saved = load(flags(moco)[flags(moco).index("--out") + 1])["model"]
     assert saved["ptr"] == 160 % 24
     assert torch.allclose(saved["queue"].norm(dim=1), torch.ones(24), atol=1e-6)
+
+
+def test_logo_weighs_its_terms(flags, monkeypatch):
+    """L_gg / 2 + L_lg / 8: two terms between global views, four from local to global, none of a view with itself or to a local one."""
+    outputs, pairs = [], []
+    forward = simsiam_logo.Model.forward
+    monkeypatch.setattr(simsiam_logo.Model, "forward", lambda self, *x: outputs.append(forward(self, *x)) or outputs[-1])
+
+    def neg_cosine(p, z, stop_gradient):
+        ps, zs = outputs[-1][:2]
+        pairs.append(tuple(next(i for i, x in enumerate(xs) if x is one) for one, xs in ((p, ps), (z, zs))))
+        return 0 * p.sum() - (1 if pairs[-1][0] < 2 else 10)
+    monkeypatch.setattr(simsiam_logo, "neg_cosine", neg_cosine)
+    end = simsiam_logo.main(flags(simsiam_logo, "--epochs", "1", "--lam", "0"))
+    assert end["loss"] == pytest.approx(-(2 / 2 + 10 * 4 / 8))
+    assert all(sorted(step) == [(0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1)] for step in zip(*[iter(pairs)] * 6)) and len(pairs) == 30
 
 
 # -------------------------------------------------------------------------- log and checkpoint
