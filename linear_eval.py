@@ -95,7 +95,7 @@ def parse_args(argv=None):
     add("--mode", choices=("linear", "finetune", "scratch"), default="linear",
         help="what is trained")
     add("--epochs", type=number(int, 1, 10**6),
-        help="(default: 1000 iterations of L-BFGS, 100 passes, finetune 30)")
+        help="(default: 1000 iterations of L-BFGS; --augment and scratch 100, finetune 30)")
     add("--lr", type=number(float, 1e-8, 1e3),
         help="at batch 256, scaled linearly with the batch (default: 0.1, finetune 0.05)")
     add("--weight-decay", type=number(float, 0, 1), help="(default: 0, scratch 5e-4)")
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     add("--head-layers", type=number(int, 0, 10), default=0,
         help="layers of the projector to keep [SimCLR v2 Sec. 2]")
     add("--knn", type=number(int, 1, 10**6), nargs="*", default=[1, 5, 20, 200], metavar="K",
-        help="neighbours, a kNN accuracy each; none: no kNN")
+        help="neighbours, a kNN accuracy each; without a K no kNN")
     add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
         help="temperature of a neighbour's vote [MoCo CIFAR demo]")
     add = parser.add_argument_group("data, if not the checkpoint's").add_argument
