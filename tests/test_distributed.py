@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ import common
 import moco
 import simclr
 import simsiam
-from conftest import OWN, ROOT, SCRIPTS
+from conftest import SCRIPTS
 from test_training import refused
 
 
@@ -171,15 +169,6 @@ def test_two_processes_train_as_one(name, flags, folder, tmp_path):
     alone = module.main([*argv, "--out", str(tmp_path / "run"), "--resume"])
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines[1:]] == [0, 1, 2] and lines[-1] == alone
-
-
-def test_torchrun_starts_it(folder, tmp_path):
-    """The README's command, from the launcher: one log, printed once."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "simclr.py", "--dataset", "folder",
-                           "--data-dir", folder, "--image-size", "16", "--width", "0.25", "--epochs", "1", "--batch-size", "8",
-                           "--device", "cpu", "--out", tmp_path / "run"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch=1 ") == 1 and done.stdout.count('"processes": 2') == 1
 
 
 def test_batches_that_cannot_be_split(script, flags, capsys, monkeypatch):

@@ -48,6 +48,12 @@ def test_every_measured_row_equals_its_log():
         assert header["args"]["epochs"] == epochs[-1]["epoch"] and header["torch"] and header["commit"]
 
 
+def test_the_means_of_three_seeds():
+    for name, title in (("simsiam", "SimSiam"), ("simsiam_logo", "LoGo")):
+        ends = [log(f"{name}_shapes_w0.25_5ep_seed{seed}_cpu.jsonl")[1][-1]["knn"] for seed in range(3)]
+        assert f"{sum(ends) / 3:.1f} for {title}" in " ".join(README.split())
+
+
 def test_the_evaluations_equal_their_log():
     """Rows of linear_eval.py: accuracies by method, mode and share of the labels."""
     lines = [json.loads(line) for line in (ROOT / "tests/reference/linear_eval_cifar10jpeg_w0.25_3ep_cpu.jsonl").read_text().splitlines()]
@@ -117,7 +123,8 @@ def test_commands_run(command, home, tmp_path, monkeypatch, capsys):
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / words[2]), *words[3:]]
         done = subprocess.run([*words, *SMALL, "--image-size", "16", "--out", str(tmp_path)], capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0 and "epoch=1 " in done.stdout, done.stderr
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("epoch=1 ") == 1 and done.stdout.count('"processes": 2') == 1  # one of the two speaks
         return
     name, argv = words[0].removesuffix(".py"), words[1:]
     module, small = importlib.import_module(name), list(SMALL)
