@@ -384,7 +384,7 @@ def fit(head, bank, labels, iterations):
     """
     norm, linear = head.eval()
     var, norm.running_mean = bank.var(0, unbiased=False), bank.mean(0)
-    norm.eps, norm.running_var = 0.0, var.clamp(min=1e-12 * var.max() + 1e-30)  # at any scale
+    norm.eps, norm.running_var = 1e-30, var.clamp(min=1e-12 * var.max() + 1e-30)  # at any scale
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, max_eval=2 * iterations,
                                   tolerance_change=0, line_search_fn="strong_wolfe")
 
