@@ -153,6 +153,13 @@ def test_snippets_run(home, monkeypatch):
         exec(compile(snippet, "README.md", "exec"), {})
 
 
+def test_the_benchmark_of_folders_runs():
+    """The README's `--jpegs 3600`, with fewer."""
+    assert "`python tests/benchmark.py --jpegs 3600`" in README
+    done = subprocess.run([sys.executable, "tests/benchmark.py", "--jpegs", "400"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(re.findall(r"\d images/s", done.stdout)) == 3, done.stderr
+
+
 def test_the_newcomers_two_commands_install_for_themselves():
     lines = re.findall(r"(?m)^ {4}(pip install -r requirements.txt && python .*)$", README)
     assert len(lines) == 2 and "--dataset shapes" in lines[0] and lines[1].endswith("-m pytest -q")
