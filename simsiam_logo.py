@@ -32,9 +32,9 @@ Differences from the paper:
 - The defaults are CIFAR's at any size; for ImageNet SimSiam has a projector of three layers, lr
   0.05 and weight decay 1e-4. A folder's crops are cut from images already resized to --image-size.
 - In the paper L_gg is one term and every term weighs 1. Here L_gg / 2 is SimSiam's loss and the
-  mean of L_lg's four terms weighs half as much: on shapes kNN ended 9 and 14 points below SimSiam's
-  with L_lg / 2 (one seed, twice), above it in the mean of three seeds with L_lg / 8. A predictor of
-  its own for local views, which arXiv 2602.05845 needs on ImageNet, did not help (one seed).
+  mean of L_lg's four terms weighs half as much: on shapes kNN ended far below SimSiam's with L_lg
+  / 2 (one seed, twice), above it in the mean of three seeds with L_lg / 8. A predictor of its own
+  for local views, which arXiv 2602.05845 needs on ImageNet, did not help (one seed).
 - The affinity learns by a logistic loss, as in the authors' MoCo-LoGo: the paper's Omega, a
   difference of means, has no bound. It steps with the encoder, not before it. Theirs has batch
   norm, unit inputs, noise on same-image pairs, either order of a pair, and a clipped softplus for
