@@ -108,7 +108,7 @@ def home(tmp_path_factory, folder):
 SMALL = ["--epochs", "1", "--width", "0.25", "--batch-size", "8", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("command", [*commands()])
+@pytest.mark.parametrize("command", [*commands()], ids=str)
 def test_commands_run(command, home, tmp_path, monkeypatch, capsys):
     """Every command as it stands, in one epoch on small images; torchrun and diff as programs, the scripts through main."""
     program, *words = shlex.split(command, comments=True)
