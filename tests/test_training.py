@@ -293,7 +293,8 @@ class Questions(TorchDispatchMode):
 
 
 def test_the_loop_never_waits_for_the_device(script, flags, monkeypatch):
-    """One wait an epoch: inside a step nothing on the device is asked for, or a GPU would idle while the host catches up."""
+    """Inside a step no value and no shape is asked for by the operations above. Copies to the host (.cpu(), .tolist()) are none of
+    them on a CPU and go unseen here: only a GPU's profile shows those."""
     questions, make = Questions(), script.batches
 
     def batches(images, order, *rest):
@@ -351,6 +352,14 @@ def test_a_constant_output_is_said_once(script, flags, tmp_path, capsys, monkeyp
     assert end["std"] < 1e-3 and capsys.readouterr().err.count("warning: collapsed") == said
     if script is simclr:
         assert end["loss"] == pytest.approx(math.log(2 * 8 - 1), rel=1e-4)
+
+
+@pytest.mark.parametrize("std, collapsed", [(0.5, ()), (0.15, ("simsiam", "simsiam_logo")), (0.05, SCRIPTS)])
+def test_what_is_called_collapsed(script, flags, capsys, monkeypatch, std, collapsed):
+    """Low is relative to the head: 0.15 is a collapse behind a batch norm and the healthy start of a MoCo without one."""
+    monkeypatch.setattr(script, "feature_std", lambda z: torch.tensor(std))
+    script.main(flags(script, "--epochs", "4"))
+    assert capsys.readouterr().err.count("warning: collapsed") == (script.__name__ in collapsed)
 
 
 def test_a_non_finite_loss_stops_the_run(script, flags, tmp_path, capsys, monkeypatch):
