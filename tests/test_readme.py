@@ -88,7 +88,8 @@ def minutes(epochs):
 
 
 def commands():
-    """The command lines of the README's indented blocks, but for pip and pytest, which CI runs."""
+    """The commands of the table of methods and of the indented blocks, but for pip and pytest, which CI runs."""
+    yield from re.findall(r"(?m)^\|.*\| `(python .*?)` \|", README)
     for line in re.findall(r"(?m)^ {4}(\S.*)$", re.sub(r"(?ms)^```.*?^```", "", README)):
         yield from (part.strip() for part in line.split("&&") if not re.search(r"^\s*(#|pip )| -m pytest", part))
 
@@ -163,6 +164,7 @@ def test_the_benchmark_of_folders_runs():
 def test_the_newcomers_two_commands_install_for_themselves():
     lines = re.findall(r"(?m)^ {4}(pip install -r requirements.txt && python .*)$", README)
     assert len(lines) == 2 and "--dataset shapes" in lines[0] and lines[1].endswith("-m pytest -q")
+    assert [*commands()][:4] == [f"python {name}.py" for name in SCRIPTS]  # the table of methods
 
 
 def test_it_is_short_and_names_only_what_exists():
