@@ -101,7 +101,7 @@ def test_moving_average_and_queue_move_once_a_step(flags, monkeypatch):
 
 
 def test_logo_weighs_its_terms(flags, monkeypatch):
-    """L_gg / 2 + L_lg / 8: two terms between global views, four from local to global, none of a view with itself or to a local one."""
+    """The means of L_gg and of L_lg: two terms between global views, four from local to global, none of a view with itself or to a local one."""
     outputs, pairs = [], []
     forward = simsiam_logo.Model.forward
     monkeypatch.setattr(simsiam_logo.Model, "forward", lambda self, *x: outputs.append(forward(self, *x)) or outputs[-1])
@@ -112,7 +112,7 @@ def test_logo_weighs_its_terms(flags, monkeypatch):
         return 0 * p.sum() - (1 if pairs[-1][0] < 2 else 10)
     monkeypatch.setattr(simsiam_logo, "neg_cosine", neg_cosine)
     end = simsiam_logo.main(flags(simsiam_logo, "--epochs", "1", "--lam", "0"))
-    assert end["loss"] == pytest.approx(-(2 / 2 + 10 * 4 / 8))
+    assert end["loss"] == pytest.approx(-(1 + 10))
     assert all(sorted(step) == [(0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1)] for step in zip(*[iter(pairs)] * 6)) and len(pairs) == 30
 
 
