@@ -33,7 +33,8 @@ Differences from the paper:
   0.05 and weight decay 1e-4. A folder's crops are cut from images already resized to --image-size.
 - The paper adds L_lg's four terms; here L_lg is their mean. Half or twice of it ended 2.8 and 0.8
   points lower (6 epochs of CIFAR-10 at a quarter of the width, one seed, see README). A predictor
-  of its own for local views, which arXiv 2602.05845 needs on ImageNet, did not help on shapes.
+  of its own for local views, which arXiv 2602.05845 needs on ImageNet, did not help with twice of
+  it (shapes, one seed).
 - Crops are those of the authors' code, where global ones take at least 0.4 of the area: the
   paper's are not known to us. SimSiam's 0.2 ended 0.9 points lower (half of L_lg, as above).
 - The affinity learns by a logistic loss, as in the authors' MoCo-LoGo: the paper's Omega, a

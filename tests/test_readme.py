@@ -15,6 +15,7 @@ from torchvision import models
 
 import common
 import simclr
+import simsiam_logo
 from conftest import OWN, ROOT, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
@@ -63,6 +64,19 @@ def test_every_row_of_three_seeds_equals_its_logs():
         numbers = ([lines[0]["knn"] for _, lines in runs], ends, [sum(ends) / 3])
         assert cells == [*(" ".join(f"{x:.1f}" for x in line) for line in numbers),
                          " ".join(f"{lines[-1]['std']:.2f}" for _, lines in runs), " ".join(f"{minutes(lines):.0f}" for _, lines in runs)]
+
+
+def test_what_is_said_of_logo_equals_its_logs():
+    """Points between last epochs, in the README and in the script's Differences."""
+    end = {name: log(f"simsiam{name}_cpu.jsonl")[1][-1]["knn"] for name in (
+        *(f"{script}_cifar10jpeg_w0.25_6ep_seed{seed}" for script in ("", "_logo") for seed in range(3)),
+        *(f"_logo_cifar10jpeg_w0.25_6ep_{name}" for name in ("global0.2_local0.5", "global0.4_local0.5", "altered_global0.4_local2")))}
+    one, two, three, *logo, smaller, half, twice = end.values()
+    ahead = [f"{b - a:.1f}" for a, b in zip((one, two, three), logo)]
+    assert "higher with each, by {}, {} and {} points".format(*ahead) in " ".join(README.split())
+    text = " ".join(simsiam_logo.__doc__.split())
+    assert f"Half or twice of it ended {logo[0] - half:.1f} and {logo[0] - twice:.1f} points lower" in text
+    assert f"0.2 ended {half - smaller:.1f} points lower" in text and f"seed 0's {logo[0]:.1f}" in README
 
 
 def test_the_evaluations_equal_their_log():
