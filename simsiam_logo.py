@@ -689,6 +689,7 @@ def train(args, stack):
             kept = f"{path} holds epoch {epoch - 1}" if epoch else "nothing is saved"
             fail(f"cannot write to {args.out} ({problem}); {kept}: make room, then --resume", 1)
     if world > 1:
+        del network  # first: its destructor waits for gloo's thread, that for the GIL (torch 2.11)
         dist.destroy_process_group()
     return record
 

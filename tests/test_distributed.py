@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import time
 
 import pytest
 import torch
@@ -33,7 +34,14 @@ def worker(rank, function, ports, *args):
 
 
 def in_two_processes(function, *args, ports=1):
-    torch.multiprocessing.spawn(worker, (function, [free_port() for _ in range(ports)], *args), nprocs=2)
+    ports = [free_port() for _ in range(ports)]
+    running = torch.multiprocessing.spawn(worker, (function, ports, *args), nprocs=2, join=False)
+    end = time.monotonic() + 300
+    while not running.join(timeout=1):
+        if time.monotonic() > end:
+            for process in running.processes:
+                process.kill()
+            pytest.fail("the two processes hang")
 
 
 # ------------------------------------------------------------------------------ losses
@@ -50,6 +58,7 @@ def gradients(rank, out):
     loss.backward()
     rows = simclr.gather(torch.full((2, 3), float(rank)).T)  # not contiguous
     torch.save((loss.detach(), layer.weight.grad, rows), out / f"{rank}.pt")
+    del ddp  # as in the scripts
     dist.destroy_process_group()
 
 
