@@ -53,7 +53,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of torch
 # =================== 2. Options ===================
 def fail(message, status=2):
     """End the program with one line on standard error."""
-    print("error:", *str(message).split(), file=sys.stderr)
+    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")  # whole, beside other processes
     raise SystemExit(status)
 
 

@@ -102,7 +102,7 @@ def add_recipe(parser):
 # =================== 3. Options (shared) ===================
 def fail(message, status=2):
     """End the program with one line on standard error."""
-    print("error:", *str(message).split(), file=sys.stderr)
+    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")  # whole, beside other processes
     raise SystemExit(status)
 
 

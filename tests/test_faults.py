@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,16 @@ def test_wrong_flags_end_in_one_line(name, flags, word, capsys, tmp_path, monkey
     monkeypatch.setattr(common, "load_dataset", lambda *a: pytest.fail("read data"))
     refused(capsys, importlib.import_module(name), [*(["x.pt"] if name == "linear_eval" else []), *flags], word)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_error_is_one_write(name, monkeypatch):
+    """Under torchrun several processes share an unbuffered standard error: lines written in parts would mix."""
+    written = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).fail("two\nlines")
+    assert written == ["error: two lines\n"]
 
 
 # ------------------------------------------------------------------------------ wrong data
