@@ -50,6 +50,11 @@ def test_every_measured_row_equals_its_log():
         assert header["commit"] or "_altered_" in name  # a number in the script was edited
 
 
+def test_the_table_of_methods_repeats_the_measured_rows():
+    told = re.findall(r"(?m)`python (\w+)\.py` \| [\d.]+ \| ([\d.]+) \|$", README)
+    assert told == [(name, f"{log(f'{name}_cifar10jpeg_w0.25_3ep_cpu.jsonl')[1][-1]['knn']:.1f}") for name in SCRIPTS]
+
+
 def test_every_row_of_three_seeds_equals_its_logs():
     """A row: script, epochs, untrained kNN, last kNN, its mean, last std, minutes, logs; each by seed."""
     rows = [[cell.strip() for cell in row.split("|")] for row in ROW.findall(README) if "_seed*" in row]
@@ -72,8 +77,10 @@ def test_what_is_said_of_logo_equals_its_logs():
         *(f"{script}_cifar10jpeg_w0.25_6ep_seed{seed}" for script in ("", "_logo") for seed in range(3)),
         *(f"_logo_cifar10jpeg_w0.25_6ep_{name}" for name in ("global0.2_local0.5", "global0.4_local0.5", "altered_global0.4_local2")))}
     one, two, three, *logo, smaller, half, twice = end.values()
-    ahead = [f"{b - a:.1f}" for a, b in zip((one, two, three), logo)]
-    assert "higher with each, by {}, {} and {} points".format(*ahead) in " ".join(README.split())
+    ahead, words = [f"{b - a:.1f}" for a, b in zip((one, two, three), logo)], " ".join(README.split())
+    assert "higher with each, by {}, {} and {} points".format(*ahead) in words
+    plain, shapes = ([log(f"simsiam{name}_shapes_w0.25_20ep_seed{seed}_cpu.jsonl")[1][-1]["knn"] for seed in range(3)] for name in ("", "_logo"))
+    assert "after 20 LoGo is higher by {:.1f}, {:.1f} and {:.1f} points".format(*(b - a for a, b in zip(plain, shapes))) in words
     text = " ".join(simsiam_logo.__doc__.split())
     assert f"Half or twice of it ended {logo[0] - half:.1f} and {logo[0] - twice:.1f} points lower" in text
     assert f"0.2 ended {half - smaller:.1f} points lower" in text and f"seed 0's {logo[0]:.1f}" in README
