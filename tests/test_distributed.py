@@ -1,5 +1,6 @@
 """More than one process: two of them with gloo on the CPU give what one process gives."""
 
+import gc
 import importlib
 import json
 import os
@@ -139,7 +140,12 @@ def train(rank, name, argv, out, port):
         if len(args) == 3 and len(order):  # training, not features
             indices.append(order)
         return load(images, order, *args)
+
+    def destroy():  # on torch 2.11 a network that outlives the process group may hang
+        assert not [x for x in gc.get_objects() if type(x) is torch.nn.parallel.DistributedDataParallel]
+        end_group()
     module.Model, module.save_checkpoint, module.batches = Recorded, saved, recorded
+    end_group, dist.destroy_process_group = dist.destroy_process_group, destroy
     end = module.main([*argv, "--out", str(out / "run")])
     os.environ["MASTER_PORT"] = str(port)
     again = module.main([*argv, "--out", str(out / "half"), "--resume"])
