@@ -1,6 +1,7 @@
 """What the tests share: the project on the path, a small folder of images, a short training run."""
 
 import importlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +22,15 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def passed_tests_leave_nothing(request, tmp_path):
+    """Removes a passed test's folder at once: the checkpoints of one whole run fill 6 GB."""
+    failed = request.session.testsfailed
+    yield
+    if request.session.testsfailed == failed:
+        shutil.rmtree(tmp_path)
 
 
 @pytest.fixture(params=SCRIPTS)

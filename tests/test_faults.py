@@ -246,3 +246,20 @@ def test_kills_at_random_moments_lose_nothing(flags, tmp_path, monkeypatch):
     ours, whole = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (run, tmp_path / "whole"))
     assert ours["epoch"] == 60 and all(ours["model"][key].equal(whole["model"][key]) for key in whole["model"])
     assert logged() == [*range(61)]
+
+
+def test_only_a_failed_test_leaves_its_files(tmp_path):
+    """The tests of a whole run would fill 6 GB of a disk with checkpoints, three times over."""
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    (tmp_path / "test_two.py").write_text("""
+import pytest
+
+@pytest.mark.parametrize("good", [False, True])
+def test(good, tmp_path):
+    (tmp_path / str(good)).touch()
+    assert good
+""")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--basetemp", tmp_path / "base"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert [path.name for path in (tmp_path / "base").rglob("*") if path.is_file()] == ["False"]

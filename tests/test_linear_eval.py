@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import pickle
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def run(folder, tmp_path_factory):
                                    "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--out", str(out), *OWN.get(name, [])])
             made[name] = out / "checkpoint.pt"
         return str(made[name])
-    return make
+    yield make
+    for checkpoint in made.values():
+        shutil.rmtree(checkpoint.parent)
 
 
 def judge(*argv):

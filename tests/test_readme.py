@@ -135,7 +135,8 @@ def home(tmp_path_factory, folder):
     simclr.main([*SMALL, "--dataset", "folder", "--data-dir", str(folder), "--image-size", "16", "--out", str(root / "runs/simclr")])
     weights = models.resnet50().state_dict()
     torch.save({"state_dict": {f"module.encoder_q.{name}": x for name, x in weights.items()}}, root / "moco.pth")
-    return root
+    yield root
+    shutil.rmtree(root)
 
 
 SMALL = ["--epochs", "1", "--width", "0.25", "--batch-size", "8", "--device", "cpu"]
