@@ -306,11 +306,11 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
     Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
     """
-    bank, k = F.normalize(bank, dim=1).T, min(k, len(bank))
+    bank, k = F.normalize(bank.float(), dim=1).T, min(k, len(bank))
     right, chunk = 0, max(1, 2**25 // bank.shape[1])  # 128 MiB of similarities at a time
     for query, label in zip(queries.split(chunk), labels.split(chunk)):
-        cosine, index = (F.normalize(query, dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
-        votes = torch.zeros(len(query), num_classes, device=bank.device)
+        cosine, index = (F.normalize(query.float(), dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
+        votes = bank.new_zeros(len(query), num_classes)
         vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
         votes.scatter_add_(1, bank_labels[index], vote)
         right = right + (votes.argmax(1) == label).sum()

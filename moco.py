@@ -72,7 +72,7 @@ def add_recipe(parser):
     add("--proj-layers", type=number(int, 1, 10), default=2,
         help="layers of the head: 1 is v1's, 2 v2's [MoCo v2 Sec. 3]")
     add("--symmetric", action=argparse.BooleanOptionalAction, default=True,
-        help="either view is query once: double cost a step, better [MoCo CIFAR demo]")
+        help="each view is query once: double cost a step, better [MoCo CIFAR demo]")
     add("--bn-splits", type=number(int, 1, 10**6), default=8,
         help="parts of a batch with batch statistics of their own [MoCo CIFAR demo]")
 
@@ -196,6 +196,14 @@ def gather(x):
 
 
 # =================== 4. Augmentation: operations (shared) ===================
+def unit_range(x):
+    """uint8 (N, 3, H, W) to float32 in [0, 1]; ValueError for what colour jitter cannot work on."""
+    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
+        raise ValueError(f"colour jitter and grey need uint8 images (N, 3, H, W), not {x.dtype} "
+                         f"{tuple(x.shape)}")
+    return x.float() / 255
+
+
 def crop_resize(x, boxes, size):
     """Cut a box from each image and resize it, as torchvision's resized_crop(antialias=False).
 
@@ -211,7 +219,8 @@ def crop_resize(x, boxes, size):
 
     top, left, height, width = boxes.float().unbind(1)
     rows, columns = weights(top, height, x.shape[2]), weights(left, width, x.shape[3])
-    return rows[:, None] @ x.float() @ columns[:, None].mT
+    with torch.autocast(x.device.type, enabled=False):  # bf16 has fewer bits than the pixels
+        return rows[:, None] @ x.float() @ columns[:, None].mT
 
 
 def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
@@ -313,7 +322,9 @@ def gaussian_blur(x, sigma):
     kernel = torch.softmax(-0.5 * (at / sigma[:, None]).square(), 1)  # (N, 2 half + 1), sums to 1
     kernel = kernel.repeat_interleave(c, 0)[:, None, None]
     x = F.pad(x, (half, half, half, half), mode="reflect").flatten(0, 1)[None]  # (1, 3N, ., .)
-    return F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c).view(n, c, h, w)
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c)
+    return x.view(n, c, h, w)
 
 
 def random_blur(x, p, generator=None):
@@ -327,9 +338,9 @@ def random_blur(x, p, generator=None):
 def augment(x, args, generator=None):
     """Two views of every image, without blur on small images [MoCo CIFAR demo].
 
-    x: (N, 3, H, W) uint8; returns [x1, x2], each (N, 3, H, H) float32 in [0, 1]
+    x: (N, 3, H, W) uint8; returns [x1, x2], each (N, 3, W, W) float32 in [0, 1]
     """
-    x = x.float() / 255
+    x = unit_range(x)
     views = []
     for _ in range(2):
         view = random_resized_crop(x, x.shape[3], (0.08, 1.0), generator=generator)
@@ -362,7 +373,7 @@ def chance_loss(args):
 @torch.no_grad()
 def momentum_update(f, f_k, m):
     """theta_k = m theta_k + (1 - m) theta_q, Eq. 2, in place, for all parameters of f_k."""
-    for p, p_k in zip(f.parameters(), f_k.parameters()):
+    for p, p_k in zip(f.parameters(), f_k.parameters(), strict=True):
         p_k.mul_(m).add_(p, alpha=1 - m)
 
 
@@ -380,17 +391,20 @@ def enqueue(queue, ptr, k):
 
 # =================== 6. Model (method) ===================
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm of each of `splits` parts (images i, i + splits, ...) alone [MoCo CIFAR demo]."""
+    """As norm, but each of `splits` parts (images i, i + splits, ...) alone [MoCo CIFAR demo]."""
 
-    def __init__(self, channels, splits):
-        super().__init__(channels)
+    def __init__(self, norm, splits):
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.load_state_dict(norm.state_dict())
         self.splits = splits
 
     def forward(self, x):
-        """(B, C, H, W) to the same; B is a multiple of splits in training."""
+        """(B, C, H, W) to the same; in training ValueError unless B is a multiple of splits."""
         if not self.training:
             return super().forward(x)
         c, s = self.num_features, self.splits
+        if len(x) % s:
+            raise ValueError(f"a batch of {len(x)} images has no {s} equal parts (--bn-splits)")
         mean, var = self.running_mean.repeat(s), self.running_var.repeat(s)
         parts = x.reshape(-1, c * s, *x.shape[2:])  # a part's channels are channels of their own
         parts = F.batch_norm(parts, mean, var, self.weight.repeat(s), self.bias.repeat(s),
@@ -410,8 +424,8 @@ class Model(nn.Module):
 
     def __init__(self, base_encoder, args):
         super().__init__()
-        self.rank, self.world, _ = processes()
-        self.splits, batch = max(1, args.bn_splits // self.world), args.batch_size // self.world
+        world = processes()[1]
+        self.splits, batch = max(1, args.bn_splits // world), args.batch_size // world
         if batch % self.splits or batch == self.splits:
             raise ValueError(f"--bn-splits {args.bn_splits} must divide --batch-size "
                              f"{args.batch_size} into parts of at least 2 images")
@@ -429,7 +443,7 @@ class Model(nn.Module):
         f = base_encoder()
         for name, module in [*f.named_modules()] if self.splits > 1 else ():
             if isinstance(module, nn.BatchNorm2d):
-                f.set_submodule(name, SplitBatchNorm2d(module.num_features, self.splits))
+                f.set_submodule(name, SplitBatchNorm2d(module, self.splits))
         widths = [*[f.num_features] * args.proj_layers, 128]
         layers = []
         for fan_in, fan_out in zip(widths, widths[1:]):
@@ -438,23 +452,20 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def key(self, x):
-        """A constant key for each view, computed in another order: ShuffleBN, Sec. 3.3.
-
-        With more processes the order is one of all their views: each computes keys of others.
-        """
-        order = torch.randperm(self.world * len(x), device=x.device)
-        if self.world > 1:
+        """Constant keys, computed in an order drawn over all processes: ShuffleBN, Sec. 3.3."""
+        views, rank = gather(x), 0
+        order = torch.randperm(len(views), device=x.device)
+        if dist.is_initialized():
             dist.broadcast(order, 0)
-        x = gather(x)[order.view(self.world, -1)[self.rank]]
-        k = gather(self.g_k(self.f_k(x.contiguous(memory_format=torch.channels_last))))
-        return k[order.argsort()].view(self.world, -1, k.shape[1])[self.rank]
+            rank = dist.get_rank()
+        ours = slice(rank * len(x), (rank + 1) * len(x))
+        x = views[order[ours]].contiguous(memory_format=torch.channels_last)
+        return gather(self.g_k(self.f_k(x)))[order.argsort()[ours]]
 
     def forward(self, x1, x2):
         """Views (B, 3, H, W) to pairs of a query and its key, (B, 128) each: two if symmetric."""
-        pairs = [(self.g(self.f(x1)), self.key(x2))]
-        if self.symmetric:
-            pairs.append((self.g(self.f(x2)), self.key(x1)))
-        return pairs
+        pairs = [(x1, x2), (x2, x1)] if self.symmetric else [(x1, x2)]
+        return [(self.g(self.f(x)), self.key(other)) for x, other in pairs]
 
 
 # =================== 7. kNN monitor (shared) ===================
@@ -480,11 +491,11 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
     Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
     """
-    bank, k = F.normalize(bank, dim=1).T, min(k, len(bank))
+    bank, k = F.normalize(bank.float(), dim=1).T, min(k, len(bank))
     right, chunk = 0, max(1, 2**25 // bank.shape[1])  # 128 MiB of similarities at a time
     for query, label in zip(queries.split(chunk), labels.split(chunk)):
-        cosine, index = (F.normalize(query, dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
-        votes = torch.zeros(len(query), num_classes, device=bank.device)
+        cosine, index = (F.normalize(query.float(), dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
+        votes = bank.new_zeros(len(query), num_classes)
         vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
         votes.scatter_add_(1, bank_labels[index], vote)
         right = right + (votes.argmax(1) == label).sum()

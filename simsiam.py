@@ -6,8 +6,8 @@ Reference implementation, made to be read from top to bottom, diffed and copied 
     python simsiam.py --epochs 200 --batch-size 512
 
 Two views of an image go through one backbone and projector; a predictor guesses from one view's
-output the other's, which is held constant. No negatives and no momentum encoder: the stop-gradient
-alone keeps the constant solution away (--no-stop-gradient shows it).
+output the other's, which is held constant. No negatives, no momentum encoder: the stop-gradient and
+the predictor keep the constant solution away (--no-stop-gradient shows it).
 
     x1, x2   (B, 3, H, W)  two random views of a batch of B images
     f        backbone      f(x) is what is kept, (B, 512) for ResNet-18
@@ -64,7 +64,7 @@ def add_recipe(parser):
     add("--pred-dim", type=number(int, 1, 10**6), default=512,
         help="hidden units of the predictor, a quarter of z's 2048 [SimSiam Sec. 3]")
     add("--fix-pred-lr", action="store_true",
-        help="no decay for the predictor, for ImageNet [official main_simsiam.py]")
+        help="the predictor's rate stays constant, for ImageNet [official main_simsiam.py]")
     add("--stop-gradient", action=argparse.BooleanOptionalAction, default=True,
         help="without it the output collapses [SimSiam Fig. 2]")
 
@@ -188,6 +188,14 @@ def gather(x):
 
 
 # =================== 4. Augmentation: operations (shared) ===================
+def unit_range(x):
+    """uint8 (N, 3, H, W) to float32 in [0, 1]; ValueError for what colour jitter cannot work on."""
+    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
+        raise ValueError(f"colour jitter and grey need uint8 images (N, 3, H, W), not {x.dtype} "
+                         f"{tuple(x.shape)}")
+    return x.float() / 255
+
+
 def crop_resize(x, boxes, size):
     """Cut a box from each image and resize it, as torchvision's resized_crop(antialias=False).
 
@@ -203,7 +211,8 @@ def crop_resize(x, boxes, size):
 
     top, left, height, width = boxes.float().unbind(1)
     rows, columns = weights(top, height, x.shape[2]), weights(left, width, x.shape[3])
-    return rows[:, None] @ x.float() @ columns[:, None].mT
+    with torch.autocast(x.device.type, enabled=False):  # bf16 has fewer bits than the pixels
+        return rows[:, None] @ x.float() @ columns[:, None].mT
 
 
 def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
@@ -305,7 +314,9 @@ def gaussian_blur(x, sigma):
     kernel = torch.softmax(-0.5 * (at / sigma[:, None]).square(), 1)  # (N, 2 half + 1), sums to 1
     kernel = kernel.repeat_interleave(c, 0)[:, None, None]
     x = F.pad(x, (half, half, half, half), mode="reflect").flatten(0, 1)[None]  # (1, 3N, ., .)
-    return F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c).view(n, c, h, w)
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c)
+    return x.view(n, c, h, w)
 
 
 def random_blur(x, p, generator=None):
@@ -319,9 +330,9 @@ def random_blur(x, p, generator=None):
 def augment(x, args, generator=None):
     """Two views of every image, as MoCo v2's without blur on small images [SimSiam App. D].
 
-    x: (N, 3, H, W) uint8; returns [x1, x2], each (N, 3, H, H) float32 in [0, 1]
+    x: (N, 3, H, W) uint8; returns [x1, x2], each (N, 3, W, W) float32 in [0, 1]
     """
-    x = x.float() / 255
+    x = unit_range(x)
     views = []
     for _ in range(2):
         view = random_resized_crop(x, x.shape[3], (0.2, 1.0), generator=generator)
@@ -395,11 +406,11 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
     Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
     """
-    bank, k = F.normalize(bank, dim=1).T, min(k, len(bank))
+    bank, k = F.normalize(bank.float(), dim=1).T, min(k, len(bank))
     right, chunk = 0, max(1, 2**25 // bank.shape[1])  # 128 MiB of similarities at a time
     for query, label in zip(queries.split(chunk), labels.split(chunk)):
-        cosine, index = (F.normalize(query, dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
-        votes = torch.zeros(len(query), num_classes, device=bank.device)
+        cosine, index = (F.normalize(query.float(), dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
+        votes = bank.new_zeros(len(query), num_classes)
         vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
         votes.scatter_add_(1, bank_labels[index], vote)
         right = right + (votes.argmax(1) == label).sum()

@@ -1,4 +1,4 @@
-"""SimSiam-LoGo on images. 200 epochs of CIFAR-10: published 87.7 % kNN, here not measured yet.
+"""SimSiam-LoGo on images. 200 epochs of CIFAR-10: quoted as 87.7 % kNN, here not measured yet.
 
 Reference implementation, made to be read from top to bottom, diffed and copied (with common.py), of
 "Leverage Your Local and Global Representations: A New Self-Supervised Learning Strategy", Zhang et
@@ -22,7 +22,7 @@ learns to tell local pairs of one image from pairs of two images, and the encode
     L_ll     = mean affinity(zl1, zl2), its parameters held fixed
     L        = L_gg + L_lg + lam L_ll
     Omega    = -mean softplus(-affinity(zl1, zl2)) - mean softplus(affinity(zl1, other zl2))    (6)
-               which the affinity alone makes large; other zl2: the next image's
+               which the affinity alone makes large; other zl2: the previous image's
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order of the
@@ -32,11 +32,10 @@ Differences from the paper:
 - The defaults are CIFAR's at any size; for ImageNet SimSiam has a projector of three layers, lr
   0.05 and weight decay 1e-4. A folder's crops are cut from images already resized to --image-size.
 - The paper adds L_lg's four terms; here L_lg is their mean. Half or twice of it ended 2.8 and 0.8
-  points lower (6 epochs of CIFAR-10 at a quarter of the width, one seed, see README). A predictor
-  of its own for local views, which arXiv 2602.05845 needs on ImageNet, did not help with twice of
-  it (shapes, one seed).
-- Crops are those of the authors' code, where global ones take at least 0.4 of the area: the
-  paper's are not known to us. SimSiam's 0.2 ended 0.9 points lower (half of L_lg, as above).
+  points lower (6 epochs of CIFAR-10 at a quarter of the width, one seed, see README). To twice
+  of it a predictor for local views alone (arXiv 2602.05845) was no help (shapes, one seed).
+- Crops are the authors' code's, global ones at least 0.4 of the area: we do not know the paper's.
+  SimSiam's 0.2 ended 0.9 points lower (half of L_lg, as above).
 - The affinity learns by a logistic loss, as in the authors' MoCo-LoGo: the paper's Omega, a
   difference of means, has no bound. It steps with the encoder, not before it. Theirs has batch
   norm, unit inputs, noise on same-image pairs, either order of a pair, and a clipped softplus for
@@ -82,7 +81,7 @@ def add_recipe(parser):
     add("--pred-dim", type=number(int, 1, 10**6), default=512,
         help="hidden units of the predictor, a quarter of z's 2048 [SimSiam Sec. 3]")
     add("--fix-pred-lr", action="store_true",
-        help="no decay for the predictor, for ImageNet [official main_simsiam.py]")
+        help="the predictor's rate stays constant, for ImageNet [official main_simsiam.py]")
     add("--stop-gradient", action=argparse.BooleanOptionalAction, default=True,
         help="without it the output collapses [SimSiam Fig. 2]")
     add("--global-scale", type=number(float, 1e-3, 1), nargs=2, default=[0.4, 1.0],
@@ -92,7 +91,7 @@ def add_recipe(parser):
     add("--local-size", type=number(int, 8, 4096),
         help="pixels of a local view (default: 3/7 of the image above 64 pixels, else all) "
              "[official loader.py: 96 of 224, 32 of 32]")
-    add("--lam", type=number(float, 0, 1e3), default=1e-4, help="of L_ll [LoGo, second-hand]")
+    add("--lam", type=number(float, 0, 1e3), default=1e-4, help="scales L_ll [LoGo, second-hand]")
     add("--affinity", choices=("learned", "cosine"), default="learned",
         help="similarity of two local views [LoGo Eq. 6; official code, unused]")
     add("--affinity-lr", type=number(float, 1e-8, 1e3), default=0.03,
@@ -218,6 +217,14 @@ def gather(x):
 
 
 # =================== 4. Augmentation: operations (shared) ===================
+def unit_range(x):
+    """uint8 (N, 3, H, W) to float32 in [0, 1]; ValueError for what colour jitter cannot work on."""
+    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
+        raise ValueError(f"colour jitter and grey need uint8 images (N, 3, H, W), not {x.dtype} "
+                         f"{tuple(x.shape)}")
+    return x.float() / 255
+
+
 def crop_resize(x, boxes, size):
     """Cut a box from each image and resize it, as torchvision's resized_crop(antialias=False).
 
@@ -233,7 +240,8 @@ def crop_resize(x, boxes, size):
 
     top, left, height, width = boxes.float().unbind(1)
     rows, columns = weights(top, height, x.shape[2]), weights(left, width, x.shape[3])
-    return rows[:, None] @ x.float() @ columns[:, None].mT
+    with torch.autocast(x.device.type, enabled=False):  # bf16 has fewer bits than the pixels
+        return rows[:, None] @ x.float() @ columns[:, None].mT
 
 
 def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
@@ -335,7 +343,9 @@ def gaussian_blur(x, sigma):
     kernel = torch.softmax(-0.5 * (at / sigma[:, None]).square(), 1)  # (N, 2 half + 1), sums to 1
     kernel = kernel.repeat_interleave(c, 0)[:, None, None]
     x = F.pad(x, (half, half, half, half), mode="reflect").flatten(0, 1)[None]  # (1, 3N, ., .)
-    return F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c).view(n, c, h, w)
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c)
+    return x.view(n, c, h, w)
 
 
 def random_blur(x, p, generator=None):
@@ -349,10 +359,10 @@ def random_blur(x, p, generator=None):
 def augment(x, args, generator=None):
     """Two global and two local views of every image, without blur on small images.
 
-    x: (N, 3, H, W) uint8; returns [xg1, xg2, xl1, xl2], (N, 3, H, H) and (N, 3, h, h) float32 in
-    [0, 1]; h is 96 at H = 224 and H up to 64 [official loader.py]
+    x: (N, 3, H, W) uint8; returns [xg1, xg2, xl1, xl2], (N, 3, W, W) and (N, 3, w, w) float32 in
+    [0, 1]; w is 96 at W = 224 and W up to 64 [official loader.py]
     """
-    x = x.float() / 255
+    x = unit_range(x)
     views, size = [], x.shape[3]
     local_size = args.local_size or (size if size <= 64 else round(size * 3 / 7))
     for scale, side in 2 * [(args.global_scale, size)] + 2 * [(args.local_scale, local_size)]:
@@ -445,11 +455,11 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
     Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
     """
-    bank, k = F.normalize(bank, dim=1).T, min(k, len(bank))
+    bank, k = F.normalize(bank.float(), dim=1).T, min(k, len(bank))
     right, chunk = 0, max(1, 2**25 // bank.shape[1])  # 128 MiB of similarities at a time
     for query, label in zip(queries.split(chunk), labels.split(chunk)):
-        cosine, index = (F.normalize(query, dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
-        votes = torch.zeros(len(query), num_classes, device=bank.device)
+        cosine, index = (F.normalize(query.float(), dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
+        votes = bank.new_zeros(len(query), num_classes)
         vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
         votes.scatter_add_(1, bank_labels[index], vote)
         right = right + (votes.argmax(1) == label).sum()

@@ -209,3 +209,22 @@ def test_views_are_in_range_and_all_different(script):
     again = script.augment(x, args, torch.Generator().manual_seed(0))
     other = script.augment(x, args, torch.Generator().manual_seed(1))
     assert all(a.equal(b) for a, b in zip(views, again)) and not any(a.equal(b) for a, b in zip(views, other))
+
+
+def test_views_inside_autocast_are_those_outside(script):
+    """All orders of the colour operations are met; bf16 would crop with an error of 0.008, or not run."""
+    args, x = script.parse_args(["--image-size", "96"]), pictures(6, 96, 96).mul(255).byte()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        plain = script.augment(x, args)
+        torch.manual_seed(seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(map(torch.equal, plain, script.augment(x, args)))
+
+
+@pytest.mark.parametrize("x", [torch.rand(4, 3, 32, 32), torch.zeros(4, 1, 32, 32, dtype=torch.uint8),
+                               torch.zeros(4, 5, 32, 32, dtype=torch.uint8), torch.zeros(4, 32, 32, 3, dtype=torch.uint8),
+                               torch.zeros(3, 32, 32, dtype=torch.uint8)], ids=["float", "1", "5", "NHWC", "CHW"])
+def test_what_is_not_rgb_pixels_is_refused(script, x):
+    with pytest.raises(ValueError, match="colour jitter and grey need uint8 images"):
+        script.augment(x, script.parse_args([]))

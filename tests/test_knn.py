@@ -84,3 +84,11 @@ def test_features_are_the_backbones_in_evaluation_mode():
 def test_feature_std_is_one_for_noise_and_zero_for_a_constant():
     assert S.feature_std(torch.randn(4096, 256)) == pytest.approx(1, abs=0.02)
     assert S.feature_std(torch.ones(64, 256)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_any_float_is_counted_in_float32(dtype):
+    bank, queries = torch.randn(300, 16).to(dtype), torch.randn(50, 16).to(dtype)
+    labels = torch.arange(300) % 3
+    counted = [S.knn_accuracy(b, labels, q, labels[:50], 3, 20) for b, q in ((bank, queries), (bank.float(), queries.float()))]
+    assert counted[0] == counted[1]

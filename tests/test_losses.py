@@ -145,3 +145,10 @@ def test_no_gradient_reaches_target_key_or_queue():
 def test_swapping_the_views_changes_nothing():
     a, b = draw(8, 16), draw(8, 16, seed=1)
     assert simclr.nt_xent(a, b, 0.5).item() == pytest.approx(simclr.nt_xent(b, a, 0.5).item(), rel=1e-6)
+
+
+def test_two_batches_of_different_length_are_refused():
+    with pytest.raises(ValueError, match=r"z1 \(4, 8\) and z2 \(3, 8\) are not of one batch"):
+        simclr.nt_xent(draw(4, 8), draw(3, 8), 0.5)
+    with pytest.raises(ValueError):
+        moco.momentum_update(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False), 0.9)

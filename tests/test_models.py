@@ -187,20 +187,22 @@ def test_a_keys_statistics_group_is_not_its_querys(monkeypatch):
 
 
 def test_split_batch_norm_equals_batch_norm_of_each_part():
-    ours, x = moco.SplitBatchNorm2d(6, 4), torch.randn(16, 6, 5, 5)
+    whole, x = nn.BatchNorm2d(6, eps=0.1, momentum=0.3), torch.randn(16, 6, 5, 5)
     with torch.no_grad():
-        ours.weight.uniform_(0.5, 2), ours.bias.uniform_(-1, 1)
+        whole.weight.uniform_(0.5, 2), whole.bias.uniform_(-1, 1), whole.running_mean.fill_(7)
+    ours = moco.SplitBatchNorm2d(whole, 4)
     out, parts = ours(x), []
     for i in range(4):
-        one = nn.BatchNorm2d(6)
-        one.load_state_dict({**one.state_dict(), "weight": ours.weight, "bias": ours.bias})
+        one = nn.BatchNorm2d(6, eps=0.1, momentum=0.3)
+        one.load_state_dict(whole.state_dict())
         assert torch.allclose(out[i::4], one(x[i::4]), atol=1e-5)
         parts.append(one)
     assert torch.allclose(ours.running_mean, torch.stack([p.running_mean for p in parts]).mean(0), atol=1e-6)
     assert torch.allclose(ours.running_var, torch.stack([p.running_var for p in parts]).mean(0), atol=1e-6)
-    plain = nn.BatchNorm2d(6)
-    plain.load_state_dict(ours.state_dict())
-    assert torch.equal(ours.eval()(x), plain.eval()(x))
+    whole.load_state_dict(ours.state_dict())
+    assert torch.equal(ours.eval()(x), whole.eval()(x))
+    with pytest.raises(ValueError, match="a batch of 14 images has no 4 equal parts"):
+        ours.train()(x[:14])
 
 
 # ----------------------------------------------------------------------------------------- LoGo
