@@ -132,7 +132,7 @@ def home(tmp_path_factory, folder):
     root = tmp_path_factory.mktemp("home")
     for name in ("data", "my_images", "imagenet100"):
         shutil.copytree(folder, root / name)
-    simclr.main([*SMALL, "--dataset", "folder", "--data-dir", str(folder), "--image-size", "16", "--out", str(root / "runs/simclr")])
+    simclr.main([*SMALL, "--dataset", "folder", "--data-dir", str(folder), "--image-size", "16", "--out", str(root / "runs/try")])
     weights = models.resnet50().state_dict()
     torch.save({"state_dict": {f"module.encoder_q.{name}": x for name, x in weights.items()}}, root / "moco.pth")
     yield root
