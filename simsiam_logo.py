@@ -158,9 +158,9 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 10**9), default=0, help="of all random numbers")
     add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="auto: the best")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="auto: bf16 on CUDA, else fp32")
+        help="auto: bf16 on CUDA, else fp32; there fp32 has convolutions in TF32")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the network (default: on CUDA)")
+        help="torch.compile the network (default: on CUDA without SyncBatchNorm)")
     add = parser.add_argument_group("output").add_argument
     add("--out", default=f"runs/{Path(__file__).stem}", help="folder of log.jsonl, checkpoint.pt")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -569,7 +569,9 @@ def train(args, stack):
         if device.type == "cuda" and Model.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         network = nn.parallel.DistributedDataParallel(model)
-    default = device.type == "cuda" and importlib.util.find_spec("triton")  # absent on Windows
+    # Triton is absent on Windows; every SyncBatchNorm breaks the graph, and little is left to gain.
+    default = (device.type == "cuda" and importlib.util.find_spec("triton")
+               and not (world > 1 and Model.sync_bn))
     if default if args.compile is None else args.compile:
         network = torch.compile(network)
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
@@ -599,6 +601,9 @@ def train(args, stack):
         if saved:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
+            for group in optimizer.param_groups:
+                if "fused" in group:  # saved on another device, perhaps
+                    group["fused"] = device.type == "cuda"
             lines = log.read_text().splitlines(keepends=True)[:saved["epoch"] + 2]  # from epoch 0
         if rank == 0:
             if not saved:
@@ -717,6 +722,11 @@ def main(argv=None):
             return train(args, stack)
     except torch.OutOfMemoryError:
         fail(f"out of GPU memory: try --batch-size {args.batch_size // 2}", status=1)
+    except RuntimeError as problem:
+        if not type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        cause = str(getattr(problem, "inner_exception", problem)).partition("\n")[0]
+        fail(f"torch.compile cannot ({cause}): go on with --no-compile --resume", status=1)
     except KeyboardInterrupt as stop:
         status = 128 + (stop.args or (signal.SIGINT,))[0]
         if processes()[0] > 0:

@@ -209,6 +209,18 @@ def test_resume_is_bit_identical(script, flags, tmp_path, monkeypatch, stop):
     assert curve("whole") == curve("run")
 
 
+def test_a_resumed_run_steps_as_its_device_does(script, flags, tmp_path):
+    """A checkpoint keeps the optimizer's settings, of which one kernel for all parameters is the device's."""
+    script.main(flags(script))
+    saved = {**load(tmp_path / "run"), "epoch": 1}
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = True  # as on CUDA
+    torch.save(saved, tmp_path / "run/checkpoint.pt")
+    script.main(flags(script, "--resume"))
+    resumed = load(tmp_path / "run")
+    assert resumed["epoch"] == 2 and not any(group["fused"] for group in resumed["optimizer"]["param_groups"])
+
+
 def test_lars_resumes_bit_identically(flags, tmp_path, monkeypatch):
     argv = flags(simclr, "--optimizer", "lars", "--warmup-epochs", "1")
     simclr.main([*argv, "--out", str(tmp_path / "whole")])
@@ -326,6 +338,23 @@ def test_the_compiled_network_trains_the_same(script, flags, tmp_path, monkeypat
     end = script.main(flags(script, "--compile", "--out", str(tmp_path / "compiled")))
     assert len(compiled) == 1 and len(graphs) == 1
     assert end["loss"] == pytest.approx(plain["loss"], rel=1e-3) and end["knn"] == pytest.approx(plain["knn"], abs=10)
+
+
+def test_a_compiler_that_fails_is_one_line(script, flags, capsys, monkeypatch):
+    """As on a machine without a C compiler: the run is there, and goes on without."""
+    make = torch.compile
+
+    def backend(graph, inputs):
+        raise FileNotFoundError("no C compiler\nand many lines more")
+    monkeypatch.setattr(torch, "compile", lambda network: make(network, backend=backend))
+    refused(capsys, script, flags(script, "--compile"), "no C compiler", "go on with --no-compile --resume\n", status=1)
+    assert script.main(flags(script, "--no-compile", "--resume"))["epoch"] == 2
+
+
+def test_other_errors_stay_whole(script, flags, monkeypatch):
+    monkeypatch.setattr(script, "normalize", lambda *a: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError):
+        script.main(flags(script))
 
 
 # ------------------------------------------------------------------------------------- collapse
