@@ -81,6 +81,8 @@ def test_what_is_said_of_logo_equals_its_logs():
     assert "higher with each, by {}, {} and {} points".format(*ahead) in words
     plain, shapes = ([log(f"simsiam{name}_shapes_w0.25_20ep_seed{seed}_cpu.jsonl")[1][-1]["knn"] for seed in range(3)] for name in ("", "_logo"))
     assert "after 20 LoGo is higher by {:.1f}, {:.1f} and {:.1f} points".format(*(b - a for a, b in zip(plain, shapes))) in words
+    long, longer = (log(f"simsiam{name}_cifar10jpeg_w0.25_20ep_seed1_cpu.jsonl")[1] for name in ("", "_logo"))
+    assert f"seed 1 LoGo stood at {longer[-1]['knn']:.1f} and SimSiam at {long[-1]['knn']:.1f} (" in words
     text = " ".join(simsiam_logo.__doc__.split())
     assert f"Half or twice of it ended {logo[0] - half:.1f} and {logo[0] - twice:.1f} points lower" in text
     assert f"0.2 ended {half - smaller:.1f} points lower" in text and f"seed 0's {logo[0]:.1f}" in README
