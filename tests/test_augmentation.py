@@ -175,7 +175,7 @@ def test_blur_rate_and_sigma(monkeypatch):
 
 POLICIES = {  # scales and grey rate of each method's views
     "simclr": ([(0.2, 1.0)] * 2, 0.1), "moco": ([(0.08, 1.0)] * 2, 0.2), "simsiam": ([(0.2, 1.0)] * 2, 0.2),
-    "simsiam_logo": ([(0.4, 1.0)] * 2 + [(0.05, 0.4)] * 2, 0.2)}
+    "simsiam_logo": ([(0.4, 1.0)] * 2 + [(0.2, 0.4)] * 2, 0.2)}
 
 
 def test_policy(script, monkeypatch):
