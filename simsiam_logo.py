@@ -32,10 +32,11 @@ Differences from the paper:
 - The defaults are CIFAR's at any size; for ImageNet SimSiam has a projector of three layers, lr
   0.05 and weight decay 1e-4. A folder's crops are cut from images already resized to --image-size.
 - The paper adds L_lg's four terms; here L_lg is their mean. Half or twice of it ended 2.8 and 0.8
-  points lower (6 epochs of CIFAR-10 at a quarter of the width, one seed, see README). To twice
-  of it a predictor for local views alone (arXiv 2602.05845) was no help (shapes, one seed).
-- Crops: SimSiam's 0.2 to 1 of the area, cut in two where the authors' code cuts, at 0.4. Theirs
-  begin at 0.05, 7 x 7 of 32 x 32 pixels, and ended lower (README). We do not know the paper's.
+  points lower (6 epochs of CIFAR-10 at a quarter of the width, local crops from 0.05, one seed).
+  A predictor for local views alone (arXiv 2602.05845) fell behind within 7 epochs (README).
+- Crops: SimSiam's 0.2 to 1 of the area, cut in two where the authors' code cuts, at 0.4. Local
+  ones from 0.05, as there, begin at 7 of 32 pixels a side and ended 2.2 points lower (20 epochs,
+  as above). We do not know the paper's.
 - The affinity learns by a logistic loss, as in the authors' MoCo-LoGo: the paper's Omega, a
   difference of means, has no bound. It steps with the encoder, not before it. Theirs has batch
   norm, unit inputs, noise on same-image pairs, either order of a pair, and a clipped softplus for

@@ -29,25 +29,27 @@ def log(name):
 
 
 def tables():
-    """Every row of the README that ends in the name of a log: its cells and that log."""
+    """Every row of the README that ends in the name of a log: the epochs its table shows, its cells and that log."""
     for row in ROW.findall(README):
         cells = [cell.strip() for cell in row.split("|")]
+        if cells[1] == "untrained":
+            shown = [int(re.sub(r"\D", "", cell) or 0) for cell in cells[1:-3]]
         found = re.search(r"^`(\w[\w.-]*)\.jsonl`$", cells[-1])
         if found:
-            yield cells, found[1]
+            yield shown, cells, found[1]
 
 
 def test_every_measured_row_equals_its_log():
-    """A row: script, kNN of each measured epoch, the last std, minutes of training and monitoring, log."""
+    """A row: script, kNN untrained to last epoch, the last std, minutes of training and monitoring, log."""
     rows = [*tables()]
     assert len(rows) >= 5
-    for cells, name in rows:
+    for shown, cells, name in rows:
         header, epochs = log(f"{name}.jsonl")
-        curve = [f"{line['knn']:.1f}" for line in epochs if line["knn"] is not None]
         assert cells[0].strip("`") == f"{name.split('_cifar')[0].split('_shapes')[0]}.py"
-        assert cells[1:-1] == [*curve, f"{epochs[-1]['std']:.2f}", f"{minutes(epochs):.0f}"]
-        assert header["args"]["epochs"] == epochs[-1]["epoch"] and header["torch"]
+        assert cells[1:-1] == [*(f"{epochs[epoch]['knn']:.1f}" for epoch in shown), f"{epochs[-1]['std']:.2f}", f"{minutes(epochs):.0f}"]
+        assert header["args"]["epochs"] == epochs[-1]["epoch"] == shown[-1] and header["torch"]
         assert header["commit"] or "_altered_" in name  # a number in the script was edited
+        assert ("_crops0.05_" in name) == (header["args"].get("local_scale") == [0.05, 0.4])
 
 
 def test_the_table_of_methods_repeats_the_measured_rows():
@@ -73,19 +75,23 @@ def test_every_row_of_three_seeds_equals_its_logs():
 
 def test_what_is_said_of_logo_equals_its_logs():
     """Points between last epochs, in the README and in the script's Differences."""
-    end = {name: log(f"simsiam{name}_cpu.jsonl")[1][-1]["knn"] for name in (
-        *(f"{script}_cifar10jpeg_w0.25_6ep_seed{seed}" for script in ("", "_logo") for seed in range(3)),
-        *(f"_logo_cifar10jpeg_w0.25_6ep_{name}" for name in ("global0.2_local0.5", "global0.4_local0.5", "altered_global0.4_local2")))}
-    one, two, three, *logo, smaller, half, twice = end.values()
-    ahead, words = [f"{b - a:.1f}" for a, b in zip((one, two, three), logo)], " ".join(README.split())
-    assert "higher with each, by {}, {} and {} points".format(*ahead) in words
-    plain, shapes = ([log(f"simsiam{name}_shapes_w0.25_20ep_seed{seed}_cpu.jsonl")[1][-1]["knn"] for seed in range(3)] for name in ("", "_logo"))
-    assert "after 20 LoGo is higher by {:.1f}, {:.1f} and {:.1f} points".format(*(b - a for a, b in zip(plain, shapes))) in words
-    long, longer = (log(f"simsiam{name}_cifar10jpeg_w0.25_20ep_seed1_cpu.jsonl")[1] for name in ("", "_logo"))
-    assert f"seed 1 LoGo stood at {longer[-1]['knn']:.1f} and SimSiam at {long[-1]['knn']:.1f} (" in words
-    text = " ".join(simsiam_logo.__doc__.split())
-    assert f"Half or twice of it ended {logo[0] - half:.1f} and {logo[0] - twice:.1f} points lower" in text
-    assert f"0.2 ended {half - smaller:.1f} points lower" in text and f"seed 0's {logo[0]:.1f}" in README
+    def knn(name, epoch=-1):
+        return log(f"simsiam{name}_cpu.jsonl")[1][epoch]["knn"]
+
+    said, cifar = " ".join(README.split()), "_cifar10jpeg_w0.25_"
+    plain, logo = ([knn(f"{name}_seed{seed}") for seed in range(3)] for name in (f"{cifar}6ep", f"_logo{cifar}6ep_crops0.05"))
+    assert "after 6 epochs by {:.1f}, {:.1f} and {:.1f} points".format(*(b - a for a, b in zip(plain, logo))) in said
+    assert f"Beside its {logo[0]:.1f} of seed 0" in said
+    stopped = [f"{knn(f'_logo{cifar}20ep_{name}', 7):.1f}" for name in (
+        "crops0.05_seed1", "stopped_crops0.05_global0.2", "stopped_crops0.05_lr0.06", "stopped_altered_crops0.05_predictors", "seed1", "stopped_all0.2")]
+    assert ("after 7 epochs, beside crops0.05's {}: its global crops from 0.2 {}, `--lr 0.06` {}, a predictor for local views alone {}; "
+            "beside the default's {}: all four crops from 0.2 to 1 {}").format(*stopped) in said
+    plain, logo = ([knn(f"{name}_seed{seed}") for seed in range(3)] for name in ("_shapes_w0.25_20ep", "_logo_shapes_w0.25_20ep_crops0.05"))
+    assert "after 20 by {:.1f}, {:.1f} and {:.1f} points".format(*(b - a for a, b in zip(plain, logo))) in said
+    text, half, twice = " ".join(simsiam_logo.__doc__.split()), knn(f"_logo{cifar}6ep_crops0.05_lg0.5"), knn(f"_logo{cifar}6ep_altered_crops0.05_lg2")
+    first = knn(f"_logo{cifar}6ep_crops0.05_seed0")
+    assert f"Half or twice of it ended {first - half:.1f} and {first - twice:.1f} points lower" in text
+    assert f"{knn(f'_logo{cifar}20ep_seed1') - knn(f'_logo{cifar}20ep_crops0.05_seed1'):.1f} points lower" in text
 
 
 def test_the_evaluations_equal_their_log():
