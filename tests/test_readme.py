@@ -86,6 +86,12 @@ def test_what_is_said_of_logo_equals_its_logs():
         "crops0.05_seed1", "stopped_crops0.05_global0.2", "stopped_crops0.05_lr0.06", "stopped_altered_crops0.05_predictors", "seed1", "stopped_all0.2")]
     assert ("after 7 epochs, beside crops0.05's {}: its global crops from 0.2 {}, `--lr 0.06` {}, a predictor for local views alone {}; "
             "beside the default's {}: all four crops from 0.2 to 1 {}").format(*stopped) in said
+    gpu = [[f"{log(f'simsiam{name}_w0.25_20ep_seed{seed}_stopped_h200.jsonl')[1][6]['knn']:.1f}" for seed in range(3)] for name in (
+        "_cifar10jpeg", "_logo_cifar10jpeg", "_logo_cifar10jpeg_crops0.05", "_logo_cifar10jpeg_lam0.003")]
+    assert "SimSiam {}, LoGo {}, with crops0.05 {}, with `--lam 0.003` {}".format(*map(" ".join, gpu)) in said
+    lines = [log(f"simsiam{name}_cifar10jpeg_30ep_seed0_h200.jsonl")[1][30] for name in ("", "_logo")]
+    assert "SimSiam {:.1f}, LoGo {:.1f}; two".format(*(line["knn"] for line in lines)) in said
+    assert "took {:.1f} and {:.1f} s".format(*(line["seconds"] for line in lines)) in said
     plain, logo = ([knn(f"{name}_seed{seed}") for seed in range(3)] for name in ("_shapes_w0.25_20ep", "_logo_shapes_w0.25_20ep_crops0.05"))
     assert "after 20 by {:.1f}, {:.1f} and {:.1f} points".format(*(b - a for a, b in zip(plain, logo))) in said
     text, half, twice = " ".join(simsiam_logo.__doc__.split()), knn(f"_logo{cifar}6ep_crops0.05_lg0.5"), knn(f"_logo{cifar}6ep_altered_crops0.05_lg2")
