@@ -549,6 +549,7 @@ def train(args, stack):
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # time each shape's convolutions once, keep the best
     torch.manual_seed(args.seed)
     stem = args.stem.replace("auto", "cifar" if size <= 64 else "imagenet")
     try:
