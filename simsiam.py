@@ -525,7 +525,7 @@ def train(args, stack):
     default = (device.type == "cuda" and importlib.util.find_spec("triton")
                and not (world > 1 and Model.sync_bn))
     if default if args.compile is None else args.compile:
-        network = torch.compile(network)
+        network = torch.compile(network, mode="reduce-overhead")  # CUDA graphs: the host is slow
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
     # <method>
     parts = [{"params": [*model.f.parameters(), *model.g.parameters()]},
