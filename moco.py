@@ -454,7 +454,7 @@ class Model(nn.Module):
     def key(self, x):
         """Constant keys, computed in an order drawn over all processes: ShuffleBN, Sec. 3.3."""
         views, rank = gather(x), 0
-        order = torch.randperm(len(views), device=x.device)
+        order = torch.rand(len(views), device=x.device).argsort()  # torch 2.11 compiles no randperm
         if dist.is_initialized():
             dist.broadcast(order, 0)
             rank = dist.get_rank()

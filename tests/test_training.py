@@ -332,7 +332,7 @@ def test_the_compiled_network_trains_the_same(script, flags, tmp_path, monkeypat
     def backend(graph, inputs):
         graphs.append(graph)
         return aot_eager(graph, inputs)
-    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or make(network, backend=backend, fullgraph=True))
+    monkeypatch.setattr(torch, "compile", lambda network, mode: compiled.append(network) or make(network, backend=backend, fullgraph=True))
     plain = script.main(flags(script))
     assert not compiled
     end = script.main(flags(script, "--compile", "--out", str(tmp_path / "compiled")))
@@ -346,7 +346,7 @@ def test_a_compiler_that_fails_is_one_line(script, flags, capsys, monkeypatch):
 
     def backend(graph, inputs):
         raise FileNotFoundError("no C compiler\nand many lines more")
-    monkeypatch.setattr(torch, "compile", lambda network: make(network, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda network, mode: make(network, backend=backend))
     refused(capsys, script, flags(script, "--compile"), "no C compiler", "go on with --no-compile --resume\n", status=1)
     assert script.main(flags(script, "--no-compile", "--resume"))["epoch"] == 2
 
