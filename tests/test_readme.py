@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -90,8 +91,13 @@ def test_what_is_said_of_logo_equals_its_logs():
         "_cifar10jpeg", "_logo_cifar10jpeg", "_logo_cifar10jpeg_crops0.05", "_logo_cifar10jpeg_lam0.003")]
     assert "SimSiam {}, LoGo {}, with crops0.05 {}, with `--lam 0.003` {}".format(*map(" ".join, gpu)) in said
     lines = [log(f"simsiam{name}_cifar10jpeg_30ep_seed0_h200.jsonl")[1][30] for name in ("", "_logo")]
-    assert "SimSiam {:.1f}, LoGo {:.1f}; two".format(*(line["knn"] for line in lines)) in said
-    assert "took {:.1f} and {:.1f} s".format(*(line["seconds"] for line in lines)) in said
+    assert "SimSiam {:.1f}, LoGo {:.1f} (two".format(*(line["knn"] for line in lines)) in said
+    long = log("simsiam_cifar10jpeg_lr0.12_warmup10_200ep_seed0_h200.jsonl")[1]
+    assert "SimSiam took 6 minutes, {:,.0f} views/s".format(round(statistics.median(line["views_s"] for line in long[1:]), -2)) in said
+    assert "{:.1f} after 30 epochs, {:.1f} after 75, {:.1f} at the end".format(*(long[epoch]["knn"] for epoch in (30, 75, 200))) in said
+    short = [log(f"simsiam_cifar10jpeg_lr{name}_12ep_seed0_h200.jsonl")[1][-1] for name in ("0.06", "0.12", "0.24", "0.12_warmup2")]
+    assert {line["epoch"] for line in short} == {12}
+    assert "ended at {:.1f}, {:.1f} and {:.1f}, 0.12 with `--warmup-epochs 2` at {:.1f}".format(*(line["knn"] for line in short)) in said
     plain, logo = ([knn(f"{name}_seed{seed}") for seed in range(3)] for name in ("_shapes_w0.25_20ep", "_logo_shapes_w0.25_20ep_crops0.05"))
     assert "after 20 by {:.1f}, {:.1f} and {:.1f} points".format(*(b - a for a, b in zip(plain, logo))) in said
     text, half, twice = " ".join(simsiam_logo.__doc__.split()), knn(f"_logo{cifar}6ep_crops0.05_lg0.5"), knn(f"_logo{cifar}6ep_altered_crops0.05_lg2")
