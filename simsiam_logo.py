@@ -571,11 +571,11 @@ def train(args, stack):
         if device.type == "cuda" and Model.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         network = nn.parallel.DistributedDataParallel(model)
-    # Triton is absent on Windows; every SyncBatchNorm breaks the graph, and little is left to gain.
+    # Triton is absent on Windows; SyncBatchNorm breaks the graph; CUDA graphs spare a slow host.
     default = (device.type == "cuda" and importlib.util.find_spec("triton")
                and not (world > 1 and Model.sync_bn))
     if default if args.compile is None else args.compile:
-        network = torch.compile(network, mode="reduce-overhead")  # CUDA graphs: the host is slow
+        network = torch.compile(network, mode="reduce-overhead" if world == 1 else "default")
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
     # <method>
     parts = [{"params": [*model.f.parameters(), *model.g.parameters()]},

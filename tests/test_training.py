@@ -337,6 +337,7 @@ def test_the_compiled_network_trains_the_same(script, flags, tmp_path, monkeypat
     assert not compiled
     end = script.main(flags(script, "--compile", "--out", str(tmp_path / "compiled")))
     assert len(compiled) == 1 and len(graphs) == 1
+    assert "randperm" not in graphs[0].code  # torch 2.11's inductor fails where a whole one is an index
     assert end["loss"] == pytest.approx(plain["loss"], rel=1e-3) and end["knn"] == pytest.approx(plain["knn"], abs=10)
 
 
