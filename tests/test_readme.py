@@ -50,7 +50,8 @@ def test_every_measured_row_equals_its_log():
         assert cells[1:-1] == [*(f"{epochs[epoch]['knn']:.1f}" for epoch in shown), f"{epochs[-1]['std']:.2f}", f"{minutes(epochs):.0f}"]
         assert header["args"]["epochs"] == epochs[-1]["epoch"] == shown[-1] and header["torch"]
         assert header["commit"] or "_altered_" in name  # a number in the script was edited
-        assert ("_crops0.05_" in name) == (header["args"].get("local_scale") == [0.05, 0.4])
+        crops = re.search(r"_crops([\d.]+)_", name)
+        assert header["args"].get("local_scale", [0.2, 0.4]) == [float(crops[1]) if crops else 0.2, 0.4]
 
 
 def test_the_table_of_methods_repeats_the_measured_rows():
@@ -82,7 +83,10 @@ def test_what_is_said_of_logo_equals_its_logs():
     said, cifar = " ".join(README.split()), "_cifar10jpeg_w0.25_"
     plain, logo = ([knn(f"{name}_seed{seed}") for seed in range(3)] for name in (f"{cifar}6ep", f"_logo{cifar}6ep_crops0.05"))
     assert "after 6 epochs by {:.1f}, {:.1f} and {:.1f} points".format(*(b - a for a, b in zip(plain, logo))) in said
-    assert f"Beside its {logo[0]:.1f} of seed 0" in said
+    beside = (knn(f"{cifar}6ep_{name}") for name in ("lr0.24", "altered_global0.4"))
+    halves = (knn(f"_logo{cifar}6ep_{name}") for name in ("crops0.05_lg0.5", "altered_crops0.05_lg2"))
+    assert ("Beside its {:.1f} of seed 0 (`*_6ep_*`): SimSiam at twice the rate {:.1f}, with LoGo's global crops {:.1f}; LoGo with half of "
+            "L_lg {:.1f}, with twice {:.1f}.").format(logo[0], *beside, *halves) in said
     stopped = [f"{knn(f'_logo{cifar}20ep_{name}', 7):.1f}" for name in (
         "crops0.05_seed1", "stopped_crops0.05_global0.2", "stopped_crops0.05_lr0.06", "stopped_altered_crops0.05_predictors", "seed1", "stopped_all0.2")]
     assert ("after 7 epochs, beside crops0.05's {}: its global crops from 0.2 {}, `--lr 0.06` {}, a predictor for local views alone {}; "
@@ -90,6 +94,10 @@ def test_what_is_said_of_logo_equals_its_logs():
     gpu = [[f"{log(f'simsiam{name}_w0.25_20ep_seed{seed}_stopped_h200.jsonl')[1][6]['knn']:.1f}" for seed in range(3)] for name in (
         "_cifar10jpeg", "_logo_cifar10jpeg", "_logo_cifar10jpeg_crops0.05", "_logo_cifar10jpeg_lam0.003")]
     assert "SimSiam {}, LoGo {}, with crops0.05 {}, with `--lam 0.003` {}".format(*map(" ".join, gpu)) in said
+    peer = (ROOT / "tests/reference/peer_simsiam_cifar10jpeg_w0.25_20ep_seed0_stopped_cpu.txt").read_text().splitlines()
+    ours = log("simsiam_cifar10jpeg_w0.25_20ep_seed0_stopped_h200.jsonl")[1]
+    ends = [float(peer[epoch].split()[1]) for epoch in (5, 10)] + [ours[epoch]["knn"] for epoch in (5, 10)]
+    assert "read {:.1f} and {:.1f} after 5 and 10 epochs, ours on an H200 {:.1f} and {:.1f}".format(*ends) in said
     lines = [log(f"simsiam{name}_cifar10jpeg_30ep_seed0_h200.jsonl")[1][30] for name in ("", "_logo")]
     assert "SimSiam {:.1f}, LoGo {:.1f} (two".format(*(line["knn"] for line in lines)) in said
     long = log("simsiam_cifar10jpeg_lr0.12_warmup10_200ep_seed0_h200.jsonl")[1]
@@ -98,8 +106,13 @@ def test_what_is_said_of_logo_equals_its_logs():
     short = [log(f"simsiam_cifar10jpeg_lr{name}_12ep_seed0_h200.jsonl")[1][-1] for name in ("0.06", "0.12", "0.24", "0.12_warmup2")]
     assert {line["epoch"] for line in short} == {12}
     assert "ended at {:.1f}, {:.1f} and {:.1f}, 0.12 with `--warmup-epochs 2` at {:.1f}".format(*(line["knn"] for line in short)) in said
-    plain, logo = ([knn(f"{name}_seed{seed}") for seed in range(3)] for name in ("_shapes_w0.25_20ep", "_logo_shapes_w0.25_20ep_crops0.05"))
-    assert "after 20 by {:.1f}, {:.1f} and {:.1f} points".format(*(b - a for a, b in zip(plain, logo))) in said
+    plain, *logo = ([knn(f"{name}_seed{seed}") for seed in range(3)] for name in (
+        "_shapes_w0.25_20ep", "_logo_shapes_w0.25_20ep_crops0.05", "_logo_shapes_w0.25_20ep_crops0.1"))
+    leads = [b - a for crops in logo for a, b in zip(plain, crops)]
+    assert "by {:.1f}, {:.1f} and {:.1f} points with crops0.05, and by {:.1f}, {:.1f} and {:.1f} with crops0.1".format(*leads) in said
+    means = [sum(knn(f"{name}_seed{seed}") for seed in range(8)) / 8 for name in (
+        "_shapes_w0.25_5ep", "_logo_shapes_w0.25_5ep", "_logo_shapes_w0.25_5ep_crops0.1", "_logo_shapes_w0.25_5ep_crops0.05")]
+    assert "seeds 0 to 7 are SimSiam {:.1f}, LoGo {:.1f}, crops0.1 {:.1f}, crops0.05 {:.1f}".format(*means) in said
     text, half, twice = " ".join(simsiam_logo.__doc__.split()), knn(f"_logo{cifar}6ep_crops0.05_lg0.5"), knn(f"_logo{cifar}6ep_altered_crops0.05_lg2")
     first = knn(f"_logo{cifar}6ep_crops0.05_seed0")
     assert f"Half or twice of it ended {first - half:.1f} and {first - twice:.1f} points lower" in text
