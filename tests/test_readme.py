@@ -94,6 +94,8 @@ def test_what_is_said_of_logo_equals_its_logs():
     gpu = [[f"{log(f'simsiam{name}_w0.25_20ep_seed{seed}_stopped_h200.jsonl')[1][6]['knn']:.1f}" for seed in range(3)] for name in (
         "_cifar10jpeg", "_logo_cifar10jpeg", "_logo_cifar10jpeg_crops0.05", "_logo_cifar10jpeg_lam0.003")]
     assert "SimSiam {}, LoGo {}, with crops0.05 {}, with `--lam 0.003` {}".format(*map(" ".join, gpu)) in said
+    ends = [knn(name, 17) for name in (f"_logo{cifar}20ep_stopped_crops0.1_seed1", f"{cifar}20ep_seed1", f"_logo{cifar}20ep_seed1")]
+    assert "17 ran: {:.1f} there, SimSiam {:.1f}, the default {:.1f}.".format(*ends) in said
     peer = (ROOT / "tests/reference/peer_simsiam_cifar10jpeg_w0.25_20ep_seed0_stopped_cpu.txt").read_text().splitlines()
     ours = log("simsiam_cifar10jpeg_w0.25_20ep_seed0_stopped_h200.jsonl")[1]
     ends = [float(peer[epoch].split()[1]) for epoch in (5, 10)] + [ours[epoch]["knn"] for epoch in (5, 10)]
@@ -107,9 +109,10 @@ def test_what_is_said_of_logo_equals_its_logs():
     assert {line["epoch"] for line in short} == {12}
     assert "ended at {:.1f}, {:.1f} and {:.1f}, 0.12 with `--warmup-epochs 2` at {:.1f}".format(*(line["knn"] for line in short)) in said
     plain, *logo = ([knn(f"{name}_seed{seed}") for seed in range(3)] for name in (
-        "_shapes_w0.25_20ep", "_logo_shapes_w0.25_20ep_crops0.05", "_logo_shapes_w0.25_20ep_crops0.1"))
+        "_shapes_w0.25_20ep", "_logo_shapes_w0.25_20ep_crops0.05", "_logo_shapes_w0.25_20ep_crops0.1", "_logo_shapes_w0.25_20ep"))
     leads = [b - a for crops in logo for a, b in zip(plain, crops)]
-    assert "by {:.1f}, {:.1f} and {:.1f} points with crops0.05, and by {:.1f}, {:.1f} and {:.1f} with crops0.1".format(*leads) in said
+    assert ("by {:.1f}, {:.1f} and {:.1f} points with crops0.05, by {:.1f}, {:.1f} and {:.1f} with crops0.1 (`--local-scale 0.1 0.4`), "
+            "by {:.1f}, {:.1f} and {:.1f} with its default.").format(*leads) in said
     means = [sum(knn(f"{name}_seed{seed}") for seed in range(8)) / 8 for name in (
         "_shapes_w0.25_5ep", "_logo_shapes_w0.25_5ep", "_logo_shapes_w0.25_5ep_crops0.1", "_logo_shapes_w0.25_5ep_crops0.05")]
     assert "seeds 0 to 7 are SimSiam {:.1f}, LoGo {:.1f}, crops0.1 {:.1f}, crops0.05 {:.1f}".format(*means) in said
