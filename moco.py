@@ -606,7 +606,7 @@ def train(args, stack):
         if device.type == "cuda" and Model.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         network = nn.parallel.DistributedDataParallel(model)
-    # Triton is absent on Windows; SyncBatchNorm breaks the graph; CUDA graphs spare a slow host.
+    # Triton is absent on Windows; SyncBatchNorm breaks the graph; CUDA graphs: not tried with DDP.
     default = (device.type == "cuda" and importlib.util.find_spec("triton")
                and not (world > 1 and Model.sync_bn))
     if default if args.compile is None else args.compile:

@@ -97,9 +97,9 @@ def test_what_is_said_of_logo_equals_its_logs():
     ends = [knn(name, 17) for name in (f"_logo{cifar}20ep_stopped_crops0.1_seed1", f"{cifar}20ep_seed1", f"_logo{cifar}20ep_seed1")]
     assert "17 ran: {:.1f} there, SimSiam {:.1f}, the default {:.1f}.".format(*ends) in said
     peer = (ROOT / "tests/reference/peer_simsiam_cifar10jpeg_w0.25_20ep_seed0_stopped_cpu.txt").read_text().splitlines()
-    ours = log("simsiam_cifar10jpeg_w0.25_20ep_seed0_stopped_h200.jsonl")[1]
-    ends = [float(peer[epoch].split()[1]) for epoch in (5, 10)] + [ours[epoch]["knn"] for epoch in (5, 10)]
-    assert "read {:.1f} and {:.1f} after 5 and 10 epochs, ours on an H200 {:.1f} and {:.1f}".format(*ends) in said
+    ours = [log(f"simsiam_cifar10jpeg_w0.25_20ep_seed{seed}_stopped_h200.jsonl")[1][epoch]["knn"] for epoch in (5, 10) for seed in range(3)]
+    assert ("read {:.1f} after 5 and {:.1f} after 10; ours on an H200, seeds 0, 1, 2, {:.1f} {:.1f} {:.1f} and {:.1f} {:.1f} {:.1f}."
+            .format(*(float(peer[epoch].split()[1]) for epoch in (5, 10)), *ours)) in said
     lines = [log(f"simsiam{name}_cifar10jpeg_30ep_seed0_h200.jsonl")[1][30] for name in ("", "_logo")]
     assert "SimSiam {:.1f}, LoGo {:.1f} (two".format(*(line["knn"] for line in lines)) in said
     long = log("simsiam_cifar10jpeg_lr0.12_warmup10_200ep_seed0_h200.jsonl")[1]
@@ -113,6 +113,7 @@ def test_what_is_said_of_logo_equals_its_logs():
     leads = [b - a for crops in logo for a, b in zip(plain, crops)]
     assert ("by {:.1f}, {:.1f} and {:.1f} points with crops0.05, by {:.1f}, {:.1f} and {:.1f} with crops0.1 (`--local-scale 0.1 0.4`), "
             "by {:.1f}, {:.1f} and {:.1f} with its default.").format(*leads) in said
+    assert f"but {(sum(logo[0]) - sum(logo[2])) / 3:.1f} higher on shapes" in " ".join(simsiam_logo.__doc__.split())
     means = [sum(knn(f"{name}_seed{seed}") for seed in range(8)) / 8 for name in (
         "_shapes_w0.25_5ep", "_logo_shapes_w0.25_5ep", "_logo_shapes_w0.25_5ep_crops0.1", "_logo_shapes_w0.25_5ep_crops0.05")]
     assert "seeds 0 to 7 are SimSiam {:.1f}, LoGo {:.1f}, crops0.1 {:.1f}, crops0.05 {:.1f}".format(*means) in said
