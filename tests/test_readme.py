@@ -96,6 +96,9 @@ def test_what_is_said_of_logo_equals_its_logs():
     assert "SimSiam {}, LoGo {}, with crops0.05 {}, with `--lam 0.003` {}".format(*map(" ".join, gpu)) in said
     ends = [knn(name, 17) for name in (f"_logo{cifar}20ep_stopped_crops0.1_seed1", f"{cifar}20ep_seed1", f"_logo{cifar}20ep_seed1")]
     assert "17 ran: {:.1f} there, SimSiam {:.1f}, the default {:.1f}.".format(*ends) in said
+    small = log(f"simsiam_logo{cifar}20ep_size16_seed1_cpu.jsonl")
+    assert small[0]["args"]["local_size"] == 16 and small[1][-1]["epoch"] == 20
+    assert "16 pixels (`--local-size 16`; seed 1, one thread): {:.1f} after 20 epochs.".format(small[1][-1]["knn"]) in said
     peer = (ROOT / "tests/reference/peer_simsiam_cifar10jpeg_w0.25_20ep_seed0_stopped_cpu.txt").read_text().splitlines()
     ours = [log(f"simsiam_cifar10jpeg_w0.25_20ep_seed{seed}_stopped_h200.jsonl")[1][epoch]["knn"] for epoch in (5, 10) for seed in range(3)]
     assert ("read {:.1f} after 5 and {:.1f} after 10; ours on an H200, seeds 0, 1, 2, {:.1f} {:.1f} {:.1f} and {:.1f} {:.1f} {:.1f}."
@@ -121,6 +124,7 @@ def test_what_is_said_of_logo_equals_its_logs():
     first = knn(f"_logo{cifar}6ep_crops0.05_seed0")
     assert f"Half or twice of it ended {first - half:.1f} and {first - twice:.1f} points lower" in text
     assert f"{knn(f'_logo{cifar}20ep_seed1') - knn(f'_logo{cifar}20ep_crops0.05_seed1'):.1f} points lower" in text
+    assert f"ended {knn(f'_logo{cifar}20ep_seed1') - small[1][-1]['knn']:.1f} points lower (as the 2.2)" in text
 
 
 def test_the_evaluations_equal_their_log():
