@@ -16,6 +16,7 @@ from torchvision import models
 
 import common
 import simclr
+import simsiam
 import simsiam_logo
 from conftest import OWN, ROOT, SCRIPTS
 
@@ -55,8 +56,13 @@ def test_every_measured_row_equals_its_log():
 
 
 def test_the_table_of_methods_repeats_the_measured_rows():
-    told = re.findall(r"(?m)`python (\w+)\.py` \| [\d.]+ \| ([\d.]+) \|$", README)
-    assert told == [(name, f"{log(f'{name}_cifar10jpeg_w0.25_3ep_cpu.jsonl')[1][-1]['knn']:.1f}") for name in SCRIPTS]
+    told = re.findall(r"(?m)`python (\w+)\.py` \| [\d.]+ \| ([\d.]+|-) \| ([\d.]+) \|$", README)
+    whole = log("simsiam_cifar10jpeg_200ep_seed0_h100.jsonl")
+    ends = {"simsiam": f"{whole[1][200]['knn']:.1f}"}
+    assert told == [(name, ends.get(name, "-"), f"{log(f'{name}_cifar10jpeg_w0.25_3ep_cpu.jsonl')[1][-1]['knn']:.1f}") for name in SCRIPTS]
+    assert f"here {ends['simsiam']} % in {minutes(whole[1]):.0f} minutes (H100)." in simsiam.__doc__.split("\n")[0]
+    own = {"data_dir": "data/cifar10-jpeg", "dataset": "folder", "image_size": 32, "out": "runs/s200"}  # all else is the default
+    assert whole[0]["args"] == {**vars(simsiam.parse_args([])), **own, "workers": 8}
 
 
 def test_every_row_of_three_seeds_equals_its_logs():
@@ -106,8 +112,10 @@ def test_what_is_said_of_logo_equals_its_logs():
     lines = [log(f"simsiam{name}_cifar10jpeg_30ep_seed0_h200.jsonl")[1][30] for name in ("", "_logo")]
     assert "SimSiam {:.1f}, LoGo {:.1f} (two".format(*(line["knn"] for line in lines)) in said
     long = log("simsiam_cifar10jpeg_lr0.12_warmup10_200ep_seed0_h200.jsonl")[1]
-    assert "SimSiam took 6 minutes, {:,.0f} views/s".format(round(statistics.median(line["views_s"] for line in long[1:]), -2)) in said
-    assert "{:.1f} after 30 epochs, {:.1f} after 75, {:.1f} at the end".format(*(long[epoch]["knn"] for epoch in (30, 75, 200))) in said
+    assert "{:.1f} after 30, {:.1f} after 75, {:.1f} at the end".format(*(long[epoch]["knn"] for epoch in (30, 75, 200))) in said
+    whole = log("simsiam_cifar10jpeg_200ep_seed0_h100.jsonl")[1]
+    assert ("200 epochs of SimSiam's defaults end at {:.1f} ({:.1f} after 40, {:.1f} after 100) in {:.0f} minutes on an H100, {:,.0f} views/s"
+            .format(*(whole[epoch]["knn"] for epoch in (200, 40, 100)), minutes(whole), round(statistics.median(line["views_s"] for line in whole[1:]), -2))) in said
     short = [log(f"simsiam_cifar10jpeg_lr{name}_12ep_seed0_h200.jsonl")[1][-1] for name in ("0.06", "0.12", "0.24", "0.12_warmup2")]
     assert {line["epoch"] for line in short} == {12}
     assert "ended at {:.1f}, {:.1f} and {:.1f}, 0.12 with `--warmup-epochs 2` at {:.1f}".format(*(line["knn"] for line in short)) in said
