@@ -114,7 +114,7 @@ def test_what_is_said_of_logo_equals_its_logs():
     long = log("simsiam_cifar10jpeg_lr0.12_warmup10_200ep_seed0_h200.jsonl")[1]
     assert "{:.1f} after 30, {:.1f} after 75, {:.1f} at the end".format(*(long[epoch]["knn"] for epoch in (30, 75, 200))) in said
     whole = log("simsiam_cifar10jpeg_200ep_seed0_h100.jsonl")[1]
-    assert ("200 epochs of SimSiam's defaults end at {:.1f} ({:.1f} after 40, {:.1f} after 100) in {:.0f} minutes on an H100, {:,.0f} views/s"
+    assert ("200 epochs of SimSiam end at {:.1f} ({:.1f} after 40, {:.1f} after 100) in {:.0f} minutes on an H100, {:,.0f} views/s"
             .format(*(whole[epoch]["knn"] for epoch in (200, 40, 100)), minutes(whole), round(statistics.median(line["views_s"] for line in whole[1:]), -2))) in said
     short = [log(f"simsiam_cifar10jpeg_lr{name}_12ep_seed0_h200.jsonl")[1][-1] for name in ("0.06", "0.12", "0.24", "0.12_warmup2")]
     assert {line["epoch"] for line in short} == {12}
