@@ -138,7 +138,7 @@ def test_what_is_said_of_logo_equals_its_logs():
     assert f"ended {knn(f'_logo{cifar}20ep_seed1') - small[1][-1]['knn']:.1f} points lower (as the 2.2)" in text
 
 
-def test_what_is_said_of_eight_seeds_equals_their_logs():
+def test_what_is_said_of_twelve_seeds_equals_their_logs():
     """Last epochs of SimSiam and LoGo on shapes; LoGo's lead with its standard error; of its other local crops three seeds."""
     def runs(stem, seeds):
         logs = [log(f"{stem}_seed{seed}_cpu.jsonl") for seed in range(seeds)]
@@ -150,14 +150,13 @@ def test_what_is_said_of_eight_seeds_equals_their_logs():
         return " ".join(f"{x:.1f}" for x in runs(stem, seeds)[:, -1])
 
     stems = [f"{name}_shapes_w0.25_20ep" for name in ("simsiam", "simsiam_logo")]
-    plain, logo = (runs(stem, 8) for stem in stems)
+    plain, logo = (runs(stem, 12) for stem in stems)
     said, lead = " ".join(README.split()), (logo - plain)[:, -1]
-    behind = [epoch for epoch in range(1, 21) if (logo - plain).mean(0)[epoch] <= 0]
-    assert len(behind) == 1
-    assert (f"SimSiam ends at {told(stems[0], 8)}, mean {statistics.mean(plain[:, -1].tolist()):.1f}; "
-            f"LoGo at {told(stems[1], 8)}, mean {statistics.mean(logo[:, -1].tolist()):.1f}. "
-            f"It leads by {lead.mean():.1f} points (standard error {lead.std() / 8 ** 0.5:.1f}), in {(lead > 0).sum()} seeds, and in the mean "
-            f"after every epoch but {behind[0]}. Seeds 0 to 2 with crops0.05: {told(stems[1] + '_crops0.05', 3)}, "
+    assert (logo - plain).mean(0)[1:].min() > 0
+    assert (f"SimSiam ends at {told(stems[0], 12)}, mean {statistics.mean(plain[:, -1].tolist()):.1f}; "
+            f"LoGo at {told(stems[1], 12)}, mean {statistics.mean(logo[:, -1].tolist()):.1f}. "
+            f"It leads by {lead.mean():.1f} points (standard error {lead.std() / 12 ** 0.5:.1f}), in {(lead > 0).sum()} seeds, and in the mean "
+            f"after every epoch. Seeds 0 to 2 with crops0.05: {told(stems[1] + '_crops0.05', 3)}, "
             f"with crops0.1 {told(stems[1] + '_crops0.1', 3)}.") in said
     more = runs(stems[1] + "_crops0.05", 3)[:, -1].mean() - logo[:3, -1].mean()
     assert f"but {more:.1f} higher on shapes" in " ".join(simsiam_logo.__doc__.split())
