@@ -214,7 +214,7 @@ def test_kills_at_random_moments_lose_nothing(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     context = multiprocessing.get_context("forkserver")  # one import of torch for all the children
     context.set_forkserver_preload(["test_faults"])
-    argv = flags(moco, "--epochs", "60", "--knn-every", "60")
+    argv = flags(moco, "--epochs", "60", "--knn-every", "60", "--batch-size", "20", "--queue", "15")  # two steps: more kills while saving
     rng, run, kept = random.Random(0), tmp_path / "run", -1
 
     def start(*more):
