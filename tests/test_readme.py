@@ -104,7 +104,7 @@ def test_what_is_said_of_logo_equals_its_logs():
         "_cifar10jpeg", "_logo_cifar10jpeg", "_logo_cifar10jpeg_crops0.05", "_logo_cifar10jpeg_lam0.003")]
     assert "SimSiam {}, LoGo {}, with crops0.05 {}, with `--lam 0.003` {}".format(*map(" ".join, gpu)) in said
     ends = [knn(name, 17) for name in (f"_logo{cifar}20ep_stopped_crops0.1_seed1", f"{cifar}20ep_seed1", f"_logo{cifar}20ep_seed1")]
-    assert "After 17 of 20, seed 1: crops0.1 (below) {:.1f}, SimSiam {:.1f}, the default {:.1f}.".format(*ends) in said
+    assert "After 17 of 20, seed 1: crops0.1 (`--local-scale 0.1 0.4`) {:.1f}, SimSiam {:.1f}, the default {:.1f}.".format(*ends) in said
     small = log(f"simsiam_logo{cifar}20ep_size16_seed1_cpu.jsonl")
     assert small[0]["args"]["local_size"] == 16 and small[1][-1]["epoch"] == 20
     assert "After all 20: `--local-size 16` {:.1f}.".format(small[1][-1]["knn"]) in said
@@ -130,7 +130,9 @@ def test_what_is_said_of_logo_equals_its_logs():
     assert "ended at {:.1f}, {:.1f}, {:.1f}, 0.12 with `--warmup-epochs 2` at {:.1f}".format(*(line["knn"] for line in short)) in said
     means = [sum(knn(f"{name}_seed{seed}") for seed in range(8)) / 8 for name in (
         "_shapes_w0.25_5ep", "_logo_shapes_w0.25_5ep", "_logo_shapes_w0.25_5ep_crops0.1", "_logo_shapes_w0.25_5ep_crops0.05")]
-    assert "seeds 0 to 7 are SimSiam {:.1f}, LoGo {:.1f}, with crops0.1 (`--local-scale 0.1 0.4`) {:.1f}, with crops0.05 {:.1f}.".format(*means) in said
+    assert "means of 8 seeds are SimSiam {:.1f}, LoGo {:.1f}, crops0.1 {:.1f}, crops0.05 {:.1f}.".format(*means) in said
+    again = [log(f"{name}_shapes_w0.25_5ep_again_seed0_cpu.jsonl")[1][5]["knn"] for name in ("simclr", "simsiam", "simsiam_logo")]
+    assert "Seed 0 on another CPU (`*_again_*`): SimCLR {:.1f}, SimSiam {:.1f}, LoGo {:.1f}.".format(*again) in said
     text, half, twice = " ".join(simsiam_logo.__doc__.split()), knn(f"_logo{cifar}6ep_crops0.05_lg0.5"), knn(f"_logo{cifar}6ep_altered_crops0.05_lg2")
     first = knn(f"_logo{cifar}6ep_crops0.05_seed0")
     assert f"Half or twice of it ended {first - half:.1f} and {first - twice:.1f} points lower" in text
