@@ -1,8 +1,11 @@
-"""What the tests share: the project on the path, a small folder of images, a short training run."""
+"""What the tests share: the project on the path, a small folder of images, a short training run, processes that start fast."""
 
 import importlib
+import multiprocessing
+import os
 import shutil
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,16 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ("simclr", "moco", "simsiam", "simsiam_logo")
 OWN = {"moco": ["--queue", "24", "--bn-splits", "2"]}  # what fits the 40 images of `folder`
+
+
+def fast_start():
+    """A context of multiprocessing: one process has imported torch and the tests, all children are its copies."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_distributed", "test_faults"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        forkserver.ensure_running()
+    return context
 
 
 def pytest_configure(config):
@@ -53,11 +66,38 @@ def folder(tmp_path_factory):
     return root
 
 
+def small_run(folder, name):
+    return ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "16", "--width", "0.25",
+            "--epochs", "2", "--batch-size", "8", "--device", "cpu", *OWN.get(name, [])]
+
+
 @pytest.fixture
 def flags(folder, tmp_path):
     """A function: the flags of a two-epoch run of a module in seconds, and any others."""
     def make(module, *more):
-        return ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "16",
-                "--width", "0.25", "--epochs", "2", "--batch-size", "8", "--device", "cpu",
-                "--out", str(tmp_path / "run"), *OWN.get(module.__name__, []), *more]
+        return [*small_run(folder, module.__name__), "--out", str(tmp_path / "run"), *more]
     return make
+
+
+@pytest.fixture(scope="session")
+def whole_runs(folder, tmp_path_factory):
+    """A function: the folder of a run of a module with `flags` and no others, made once, and what main returned."""
+    root, made = tmp_path_factory.mktemp("runs"), {}
+
+    def make(module):
+        name = module.__name__
+        if name not in made:
+            made[name] = module.main([*small_run(folder, name), "--out", str(root / name)])
+        return root / name, made[name]
+    yield make
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def finished(whole_runs, tmp_path):
+    """A function: put a whole run of a module where `flags` has its --out; returns its last record."""
+    def put(module):
+        out, end = whole_runs(module)
+        shutil.copytree(out, tmp_path / "run")
+        return end
+    return put

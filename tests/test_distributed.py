@@ -17,7 +17,7 @@ import common
 import moco
 import simclr
 import simsiam
-from conftest import SCRIPTS
+from conftest import SCRIPTS, fast_start
 from test_training import refused
 
 
@@ -36,7 +36,8 @@ def worker(rank, function, ports, *args):
 
 def in_two_processes(function, *args, ports=1):
     ports = [free_port() for _ in range(ports)]
-    running = torch.multiprocessing.spawn(worker, (function, ports, *args), nprocs=2, join=False)
+    fast_start()
+    running = torch.multiprocessing.start_processes(worker, (function, ports, *args), nprocs=2, join=False, start_method="forkserver")
     end = time.monotonic() + 300
     while not running.join(timeout=1):
         if time.monotonic() > end:

@@ -3,7 +3,6 @@
 import errno
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ import torch
 import common
 import moco
 import simsiam
-from conftest import OWN, ROOT, SCRIPTS
+from conftest import OWN, ROOT, SCRIPTS, fast_start
 from test_common import picture
 from test_training import refused
 
@@ -121,9 +120,9 @@ def test_wrong_data_ends_in_one_line(kind, script, flags, capsys, tmp_path):
 
 
 # ------------------------------------------------------------------------------ during a run
-def test_a_full_disk_keeps_the_last_checkpoint(script, flags, capsys, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint(script, flags, whole_runs, capsys, tmp_path, monkeypatch):
     """While the checkpoint or the log of epoch 1 is written; afterwards --resume goes on."""
-    whole = script.main(flags(script, "--out", str(tmp_path / "whole")))
+    _, whole = whole_runs(script)
     save, opened = torch.save, open
 
     def full(state, path):
@@ -159,14 +158,13 @@ def test_out_of_gpu_memory_is_one_line(script, flags, capsys, monkeypatch):
     refused(capsys, script, flags(script), "out of GPU memory", "--batch-size 4", status=1)
 
 
-def test_two_runs_do_not_share_a_folder(script, flags, capsys, tmp_path):
-    script.main(flags(script))
+def test_two_runs_do_not_share_a_folder(script, flags, finished, capsys, tmp_path):
+    finished(script)
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
     with common.locked(tmp_path / "run"):
         for way in ("--overwrite", "--resume"):
             refused(capsys, script, flags(script, way), "another run writes to")
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
-    script.main(flags(script, "--overwrite"))
 
 
 def start(name, argv, epochs=1):
@@ -208,12 +206,10 @@ def train_moco(argv):
     moco.main(argv)
 
 
-def test_kills_at_random_moments_lose_nothing(flags, tmp_path, monkeypatch):
+def test_kills_at_random_moments_lose_nothing(flags, tmp_path):
     """kill -9, twenty times, start-up included: each leaves a whole checkpoint of the epoch before the current one or later; the
     end is bit-equal to a run that nobody killed."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    context = multiprocessing.get_context("forkserver")  # one import of torch for all the children
-    context.set_forkserver_preload(["test_faults"])
+    context = fast_start()
     argv = flags(moco, "--epochs", "60", "--knn-every", "60", "--batch-size", "20", "--queue", "15")  # two steps: more kills while saving
     rng, run, kept = random.Random(0), tmp_path / "run", -1
 
