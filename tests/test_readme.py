@@ -91,11 +91,11 @@ def test_what_is_said_of_logo_equals_its_logs():
         return log(f"simsiam{name}_cpu.jsonl")[1][epoch]["knn"]
 
     said, cifar = " ".join(README.split()), "_cifar10jpeg_w0.25_"
-    logo = [knn(f"_logo{cifar}6ep_crops0.05_seed{seed}") for seed in range(3)]
+    seeds = [" ".join(f"{knn(f'{name}_seed{seed}'):.1f}" for seed in range(3)) for name in (f"{cifar}6ep", f"_logo{cifar}6ep_crops0.05")]
     beside = (knn(f"{cifar}6ep_{name}") for name in ("lr0.24", "altered_global0.4"))
     halves = (knn(f"_logo{cifar}6ep_{name}") for name in ("crops0.05_lg0.5", "altered_crops0.05_lg2"))
-    assert ("After 6 epochs (`*_6ep_*`), beside crops0.05's {:.1f} of seed 0 ({:.1f} and {:.1f} of 1 and 2): SimSiam at twice the rate {:.1f}, "
-            "with LoGo's global crops {:.1f}; LoGo with half of L_lg {:.1f}, with twice {:.1f} (*altered*").format(*logo, *beside, *halves) in said
+    assert ("After all of 6 (`*_6ep_*`): SimSiam {}, crops0.05 {}; with seed 0 SimSiam at twice the rate {:.1f}, with LoGo's global crops {:.1f}, "
+            "crops0.05 with half of L_lg {:.1f}, with twice {:.1f} (*altered*").format(*seeds, *beside, *halves) in said
     stopped = [f"{knn(f'_logo{cifar}20ep_{name}', 7):.1f}" for name in (
         "crops0.05_seed1", "stopped_crops0.05_global0.2", "stopped_crops0.05_lr0.06", "stopped_altered_crops0.05_predictors", "stopped_all0.2", "seed1")]
     assert ("after 7 epochs, beside crops0.05's {}: its global crops from 0.2 {}, `--lr 0.06` {}, a predictor for local views alone {}; "
@@ -130,8 +130,10 @@ def test_what_is_said_of_logo_equals_its_logs():
     assert "ended at {:.1f}, {:.1f}, {:.1f}, 0.12 with `--warmup-epochs 2` at {:.1f}".format(*(line["knn"] for line in short)) in said
     means = [sum(knn(f"{name}_seed{seed}") for seed in range(8)) / 8 for name in (
         "_shapes_w0.25_5ep", "_logo_shapes_w0.25_5ep", "_logo_shapes_w0.25_5ep_crops0.1", "_logo_shapes_w0.25_5ep_crops0.05")]
-    assert "means of 8 seeds are SimSiam {:.1f}, LoGo {:.1f}, crops0.1 {:.1f}, crops0.05 {:.1f}.".format(*means) in said
+    assert "means of 8 seeds after 5 are SimSiam {:.1f}, LoGo {:.1f}, crops0.1 {:.1f}, crops0.05 {:.1f}.".format(*means) in said
     again = [log(f"{name}_shapes_w0.25_5ep_again_seed0_cpu.jsonl")[1][5]["knn"] for name in ("simclr", "simsiam", "simsiam_logo")]
+    ends = [log(f"{name}_cifar10jpeg_w0.25_3ep_again_cpu.jsonl")[1][3]["knn"] for name in SCRIPTS]
+    assert "On another CPU (`*_again_*`): {:.1f}, {:.1f}, {:.1f}, {:.1f}.".format(*ends) in said
     assert "Seed 0 on another CPU (`*_again_*`): SimCLR {:.1f}, SimSiam {:.1f}, LoGo {:.1f}.".format(*again) in said
     text, half, twice = " ".join(simsiam_logo.__doc__.split()), knn(f"_logo{cifar}6ep_crops0.05_lg0.5"), knn(f"_logo{cifar}6ep_altered_crops0.05_lg2")
     first = knn(f"_logo{cifar}6ep_crops0.05_seed0")
