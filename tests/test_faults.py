@@ -223,6 +223,7 @@ def test_kills_at_random_moments_lose_nothing(flags, tmp_path):
         text = (run / "log.jsonl").read_text() if (run / "log.jsonl").exists() else "\n"
         return [json.loads(line)["epoch"] for line in text[:text.rindex("\n") + 1].splitlines()[1:]]
 
+    whole = start("--out", str(tmp_path / "whole"))  # beside
     for i in range(20):
         child, new = start(*["--resume"] if kept >= 0 else []), rng.randrange(3)
         deadline = time.monotonic() + 60
@@ -235,8 +236,7 @@ def test_kills_at_random_moments_lose_nothing(flags, tmp_path):
         now = torch.load(run / "checkpoint.pt", weights_only=True)["epoch"] if (run / "checkpoint.pt").exists() else -1
         assert now >= max([-1, *logged()]) - 1 and now >= kept, f"kill {i} lost more than the current epoch"
         kept = now
-    for more in (["--resume"], ["--out", str(tmp_path / "whole")]):
-        child = start(*more)
+    for child in (start("--resume"), whole):
         child.join()
         assert child.exitcode == 0
     ours, whole = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (run, tmp_path / "whole"))
