@@ -134,7 +134,9 @@ def test_what_is_said_of_logo_equals_its_logs():
     again = [log(f"{name}_shapes_w0.25_5ep_again_seed0_cpu.jsonl")[1][5]["knn"] for name in ("simclr", "simsiam", "simsiam_logo")]
     ends = [log(f"{name}_cifar10jpeg_w0.25_3ep_again_cpu.jsonl")[1][3]["knn"] for name in SCRIPTS]
     assert "On another CPU (`*_again_*`): {:.1f}, {:.1f}, {:.1f}, {:.1f}.".format(*ends) in said
-    assert "Seed 0 on another CPU (`*_again_*`): SimCLR {:.1f}, SimSiam {:.1f}, LoGo {:.1f}.".format(*again) in said
+    slow = [" ".join(f"{knn(f'{name}_shapes_w0.25_8ep_lr0.2_seed{seed}', 8):.1f}" for seed in range(2)) for name in ("", "_logo")]
+    assert "At `--lr 0.2` (*lr0.2*) seeds 0 and 1 of 8 end at {} (SimSiam) and {} (LoGo).".format(*slow) in said
+    assert "Seed 0 of 5 on another CPU (`*_again_*`): SimCLR {:.1f}, SimSiam {:.1f}, LoGo {:.1f}.".format(*again) in said
     text, half, twice = " ".join(simsiam_logo.__doc__.split()), knn(f"_logo{cifar}6ep_crops0.05_lg0.5"), knn(f"_logo{cifar}6ep_altered_crops0.05_lg2")
     first = knn(f"_logo{cifar}6ep_crops0.05_seed0")
     assert f"Half or twice of it ended {first - half:.1f} and {first - twice:.1f} points lower" in text
