@@ -133,10 +133,13 @@ def test_what_is_said_of_logo_equals_its_logs():
     assert "means of 8 seeds after 5 are SimSiam {:.1f}, LoGo {:.1f}, crops0.1 {:.1f}, crops0.05 {:.1f}.".format(*means) in said
     again = [log(f"{name}_shapes_w0.25_5ep_again_seed0_cpu.jsonl")[1][5]["knn"] for name in ("simclr", "simsiam", "simsiam_logo")]
     ends = [log(f"{name}_cifar10jpeg_w0.25_3ep_again_cpu.jsonl")[1][3]["knn"] for name in SCRIPTS]
+    for first, second in ((log(f"{name}_cifar10jpeg_w0.25_3ep{again}_cpu.jsonl")[0]["args"] for again in ("", "_again")) for name in SCRIPTS):
+        assert {**first, "data_dir": 0, "out": 0, "workers": 0} == {**second, "data_dir": 0, "out": 0, "workers": 0}
     assert "On another CPU (`*_again_*`): {:.1f}, {:.1f}, {:.1f}, {:.1f}.".format(*ends) in said
+    assert {log(f"{name}_shapes_w0.25_8ep_lr0.2_seed{seed}_cpu.jsonl")[0]["args"]["lr"] for name in SCRIPTS[2:] for seed in range(2)} == {0.2}
     slow = [" ".join(f"{knn(f'{name}_shapes_w0.25_8ep_lr0.2_seed{seed}', 8):.1f}" for seed in range(2)) for name in ("", "_logo")]
-    assert "At `--lr 0.2` (*lr0.2*) seeds 0 and 1 of 8 end at {} (SimSiam) and {} (LoGo).".format(*slow) in said
-    assert "Seed 0 of 5 on another CPU (`*_again_*`): SimCLR {:.1f}, SimSiam {:.1f}, LoGo {:.1f}.".format(*again) in said
+    assert "At `--lr 0.2` (*lr0.2*) seeds 0 and 1 end after 8 at {} (SimSiam) and {} (LoGo).".format(*slow) in said
+    assert "Seed 0 after 5 on another CPU (`*_again_*`): SimCLR {:.1f}, SimSiam {:.1f}, LoGo {:.1f}.".format(*again) in said
     text, half, twice = " ".join(simsiam_logo.__doc__.split()), knn(f"_logo{cifar}6ep_crops0.05_lg0.5"), knn(f"_logo{cifar}6ep_altered_crops0.05_lg2")
     first = knn(f"_logo{cifar}6ep_crops0.05_seed0")
     assert f"Half or twice of it ended {first - half:.1f} and {first - twice:.1f} points lower" in text
