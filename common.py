@@ -14,7 +14,6 @@ import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +40,7 @@ SHAPES = ("horizontal", "vertical", "diagonal", "checker", "plaid", "grid", "hex
 
 # ----------------------------------------------------------------------------- data
 class Dataset(NamedTuple):
-    """What `load_dataset` returns; the labels of a folder without classes are None."""
+    """What `load_dataset` returns, on its device; labels of a folder without classes are None."""
 
     train_images: torch.Tensor         # (N, 3, H, W) uint8
     train_labels: torch.Tensor | None  # (N,) int64
@@ -52,14 +51,16 @@ class Dataset(NamedTuple):
     std: torch.Tensor                  # (3,) float32, at least 1/255: a constant channel has none
 
 
-def load_dataset(name, data_dir="data", image_size=32, cache_dir=None):
+def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device="cpu"):
     """Read a data set as uint8: into memory, or mapped from where a folder was decoded to once.
 
     name: one of DATASETS; data_dir: where it lies (cifar10 and cifar100 are downloaded there once)
-    image_size: pixels; the shorter side is resized to it, the centre cropped
-    cache_dir: where a folder's decoded images are kept, 3 image_size^2 bytes each; None: data_dir
+    image_size: pixels, to which the shorter side is resized, the centre cropped; None: 224, 32 for
+    what is no folder; cache_dir: keeps a folder's decoded images, image_size^2 x 3 bytes each;
+    None: data_dir; device: takes all of it, or all but images that fill half of its free memory
     Raises ValueError, in one line that says what to do, if the data is missing or broken.
     """
+    image_size = image_size or (224 if name == "folder" else 32)
     if name == "folder":
         train, train_labels, test, test_labels, classes = _read_folder(
             Path(data_dir), image_size, cache_dir)
@@ -79,8 +80,10 @@ def load_dataset(name, data_dir="data", image_size=32, cache_dir=None):
     level = torch.arange(256, dtype=torch.float64) / 255
     mean = share @ level
     std = (share @ level.square() - mean.square()).clamp(min=1 / 255**2).sqrt()
-    return Dataset(train, train_labels, test, test_labels, tuple(classes),
-                   mean.float(), std.float())
+    train_labels, test_labels = (x if x is None else x.to(device)
+                                 for x in (train_labels, test_labels))
+    return Dataset(resident(train, device), train_labels, resident(test, device), test_labels,
+                   tuple(classes), mean.float().to(device), std.float().to(device))
 
 
 def _read_cifar(name, data_dir, image_size):
@@ -89,7 +92,7 @@ def _read_cifar(name, data_dir, image_size):
                      "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz")}[name]
     try:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
-        with locked(data_dir):  # of processes that start together one downloads
+        with locked(Path(data_dir, ".lock")):  # of processes that start together one downloads
             sets = [kind(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as problem:
         raise ValueError(f"cannot download {name} ({problem}): place {archive} in {data_dir}, or "
@@ -132,25 +135,21 @@ def _read_folder(root, image_size, cache_dir):
     return images[0], labels[0], images[1], labels[1], classes
 
 
-@contextmanager
-def locked(folder, wait=True):
-    """Hold a folder's lock, which ends with the process, however that ends.
+def locked(path, wait=True):
+    """Open a file to read and append to, locked until it is closed or the process ends.
 
-    If another process holds it: wait, or raise BlockingIOError.
+    If another process holds the lock: wait, or raise BlockingIOError.
     """
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    file = open(path, "a+")
     try:
-        try:
-            if fcntl:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass  # some network file systems have no such locks
-        yield
-    finally:
         if fcntl:
-            os.close(handle)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:
+        pass  # some network file systems have no such locks
+    return file
 
 
 def _decoded(files, root, size, path):
@@ -168,7 +167,7 @@ def _decoded(files, root, size, path):
         digest.update(line.encode(errors="surrogateescape"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.parent):  # of processes that start together one decodes
+        with locked(path.with_suffix(".lock")):  # of processes that start together one decodes
             kept = b""
             if path.exists() and path.stat().st_size > 32:
                 with open(path, "rb") as file:

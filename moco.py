@@ -633,7 +633,7 @@ def train(args, stack):
             save_views(args.save_views, shown, augment(shown, args))
         log.parent.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            stack.enter_context(locked(log.parent, wait=False))
+            stack.enter_context(locked(log.parent / ".lock", wait=False))
         if saved:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
