@@ -1,4 +1,4 @@
-"""Data loading and ResNet backbones: all that the four method files share.
+"""Data loading, ResNet backbones and files: all that the four method files share.
 
 A method file runs with this file beside it; whoever copies a method copies two files.
 Images stay uint8 (N, 3, H, W) until they are on the device, where a 32x32 set lives whole.
@@ -9,17 +9,20 @@ import math
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchvision import datasets
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -72,7 +75,7 @@ def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device=
     elif name in DATASETS:
         train, train_labels, test, test_labels, classes = _read_cifar(name, data_dir, image_size)
     else:
-        raise ValueError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
+        raise UserError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
     # Mean and std from a histogram a channel: no float copy of the set. Of large ones a sample.
     share = sum(torch.stack([channel.flatten().bincount(minlength=256) for channel in x.unbind(1)])
                 for x in train[::max(1, len(train) // 50_000)].split(1000))
@@ -95,7 +98,7 @@ def _read_cifar(name, data_dir, image_size):
         with locked(Path(data_dir, ".lock")):  # of processes that start together one downloads
             sets = [kind(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as problem:
-        raise ValueError(f"cannot download {name} ({problem}): place {archive} in {data_dir}, or "
+        raise UserError(f"cannot download {name} ({problem}): place {archive} in {data_dir}, or "
                          "try --dataset shapes, which needs no files") from None
     out = []
     for one in sets:
@@ -109,22 +112,22 @@ def _read_cifar(name, data_dir, image_size):
 def _read_folder(root, image_size, cache_dir):
     """`train/` and `test/` or `val/`, a folder a class; any other tree is images without labels."""
     if not root.is_dir():
-        raise ValueError(f"--data-dir {root} is not a folder of images")
+        raise UserError(f"--data-dir {root} is not a folder of images")
     train, test = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
     split = train.is_dir() and test.is_dir()
     classes = sorted(path.name for path in train.iterdir() if path.is_dir()) if split else []
     if split and len(classes) < 2:
-        raise ValueError(f"{train} has {len(classes)} folders of a class: labels need two or more, "
+        raise UserError(f"{train} has {len(classes)} folders of a class: labels need two or more, "
                          "and images without labels no train/ and test/")
     odd = set(classes) ^ {path.name for path in test.iterdir() if path.is_dir()} if split else ()
     if odd:
-        raise ValueError(f"class {min(odd)!r} is not both in {train} and in {test}")
+        raise UserError(f"class {min(odd)!r} is not both in {train} and in {test}")
     extensions, files, labels, counts = datasets.folder.IMG_EXTENSIONS, [], [], []
     for top in (train, test) if split else (root,):
         for label, sub in enumerate(classes or [""]):
             found = sorted(x for x in (top / sub).rglob("*") if x.suffix.lower() in extensions)
             if not found:
-                raise ValueError(f"no images in {top / sub} (looked for {' '.join(extensions)})")
+                raise UserError(f"no images in {top / sub} (looked for {' '.join(extensions)})")
             files += found
             labels += [label] * len(found)
         counts.append(len(files))
@@ -138,7 +141,7 @@ def _read_folder(root, image_size, cache_dir):
 def locked(path, wait=True):
     """Open a file to read and append to, locked until it is closed or the process ends.
 
-    If another process holds the lock: wait, or raise BlockingIOError.
+    If another process holds the lock: wait, or raise UserError.
     """
     file = open(path, "a+")
     try:
@@ -146,7 +149,8 @@ def locked(path, wait=True):
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.close()
-        raise
+        raise UserError(f"another process writes to {path}: wait for it, or choose another place"
+                        ) from None
     except OSError:
         pass  # some network file systems have no such locks
     return file
@@ -162,7 +166,7 @@ def _decoded(files, root, size, path):
         try:
             stat = file.stat()
         except OSError as problem:  # a link to nothing
-            raise ValueError(f"cannot read {file} ({problem}): mend or remove it") from None
+            raise UserError(f"cannot read {file} ({problem}): mend or remove it") from None
         line = f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"
         digest.update(line.encode(errors="surrogateescape"))
     try:
@@ -179,7 +183,7 @@ def _decoded(files, root, size, path):
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             return torch.from_numpy(np.load(path, mmap_mode="r"))
     except OSError as problem:
-        raise ValueError(f"cannot keep the decoded images ({problem}): name another folder for "
+        raise UserError(f"cannot keep the decoded images ({problem}): name another folder for "
                          "them with --cache-dir") from None
 
 
@@ -191,7 +195,7 @@ def _decode(files, size, path, digest):
         left.unlink()
     need, free = len(files) * 3 * size**2, shutil.disk_usage(path.parent).free
     if need > free:
-        raise ValueError(f"the decoded images need {need / 2**30:.2f} GiB in {path.parent}, which "
+        raise UserError(f"the decoded images need {need / 2**30:.2f} GiB in {path.parent}, which "
                          f"has {free / 2**30:.2f} GiB free: make room, or name another folder for "
                          "them with --cache-dir")
     part, start = path.with_name(f"{mine}-{os.getpid()}.tmp"), time.perf_counter()
@@ -219,7 +223,7 @@ def _read_image(path, size):
     try:
         image = datasets.folder.default_loader(str(path))  # RGB, whatever the file holds
     except Exception as problem:  # PIL raises OSError, SyntaxError, DecompressionBombError, ...
-        raise ValueError(f"cannot read the image {path} ({problem}): mend or remove it") from None
+        raise UserError(f"cannot read the image {path} ({problem}): mend or remove it") from None
     if min(image.size) != size:
         image = TF.resize(image, size)
     return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
@@ -359,3 +363,123 @@ def resnet(arch="resnet18", width=1.0, stem="cifar"):
     if arch not in ARCHS or stem not in ("cifar", "imagenet") or round(64 * width) < 1:
         raise ValueError(f"no backbone with arch {arch!r}, width {width} and stem {stem!r}")
     return ResNet(*ARCHS[arch], width, stem)
+
+
+# ----------------------------------------------------------------------------- files and processes
+class UserError(ValueError):
+    """What the user can mend; the text is one line that says how."""
+
+
+class Processes(NamedTuple):
+    """What torchrun tells this process; alone without torchrun."""
+
+    rank: int        # its number among all
+    world: int       # how many there are
+    local_rank: int  # its number on this machine, which is its GPU's
+
+
+def processes():
+    """This process among those that torchrun started."""
+    return Processes(int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1),
+                     int(os.environ.get("LOCAL_RANK") or 0))
+
+
+def wrap(model, sync_bn, compiled, device):
+    """The model as training calls it: spread over the processes, and compiled.
+
+    sync_bn: whether batch statistics are those of all processes; compiled: None is "if it helps"
+    """
+    network, world = model, processes().world
+    if world > 1:
+        if sync_bn and device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+        network = nn.parallel.DistributedDataParallel(model)
+    if compiled is None:  # Triton is absent on Windows; SyncBatchNorm breaks the graph
+        compiled = (device.type == "cuda" and find_spec("triton")
+                    and not (world > 1 and sync_bn))
+    if compiled:  # CUDA graphs: not tried with DistributedDataParallel
+        mode = "reduce-overhead" if world == 1 else "default"
+        network = torch.compile(network, mode=mode)
+    return network
+
+
+def gather(x):
+    """Rows x (N, ...) of all processes, in the order of their ranks, with gradient.
+
+    For a loss that every process computes of all rows: its own ones carry the gradient, times
+    the number of processes, as DistributedDataParallel will take the mean over them.
+    """
+    if not dist.is_initialized():
+        return x
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach())
+    parts[dist.get_rank()] = x.detach() + len(parts) * (x - x.detach())  # x, to the bit
+    return torch.cat(parts)
+
+
+def choose_device(name):
+    """The device of that name, or the best there is if that is "auto"; a GPU for each process."""
+    kinds = ("cuda", "mps", "cpu") if name == "auto" else (name,)
+    device = torch.device(next(kind for kind in kinds if getattr(torch, kind).is_available()))
+    if device.type == "cuda":
+        torch.cuda.set_device(processes().local_rank)
+        torch.backends.cudnn.benchmark = True  # time each shape's convolutions once, keep the best
+    return device
+
+
+def environment(device):
+    """What a log says of where it was made: the device's name, torch, the commit of this file."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    here = Path(__file__).resolve().parent
+    return {"device": name, "torch": torch.__version__, "commit": subprocess.getoutput(
+        f'git -C "{here}" describe --always --dirty')}
+
+
+def load_checkpoint(path, method=None, args=None, data=None):
+    """Read what torch.save wrote: tensors and plain values only, no code of a file is ever run.
+
+    method, args, data: if given, the run that goes on from it, whose settings must be the same
+    Raises UserError, in one line, for a file that is absent, damaged, or of other settings.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if args is None:
+            return saved
+        theirs = {**saved["args"], "method": saved["method"], "images": saved["images"]}
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}") from None
+    except Exception as problem:  # a damaged file raises whatever the unpickler meets
+        raise UserError(f"{path} is not a checkpoint ({type(problem).__name__})") from None
+    free = ("data_dir", "cache_dir", "workers", "device", "compile", "out", "resume", "overwrite",
+            "save_views", "knn_every", "knn_k", "knn_tau")  # these may change within a run
+    ours = {**vars(args), "method": method, "images": len(data.train_images)}
+    changed = [f"{key} was {theirs[key]} and is {value}" for key, value in ours.items()
+               if key not in free and theirs.get(key, value) != value]
+    if changed:
+        raise UserError(f"{path} was made with other settings: {', '.join(changed)}")
+    return saved
+
+
+def save_checkpoint(path, state):
+    """Write a temporary file, then rename it: a kill at any moment leaves a whole checkpoint."""
+    part = path.with_suffix(".tmp")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())  # or a power cut may leave the name without the bytes
+        os.replace(part, path)
+    except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({problem}): make room, then --resume") from None
+
+
+def progress(batches, epoch, steps):
+    """Pass the batches on and say how far it is: on a terminal in place, else once a minute."""
+    terminal, said = sys.stderr.isatty(), time.perf_counter()
+    for step, batch in enumerate(batches, 1):
+        yield batch
+        if time.perf_counter() - said > (0.5 if terminal else 60) and processes().rank == 0:
+            said = time.perf_counter()
+            print(f"epoch {epoch} step {step}/{steps}", end="\r" if terminal else "\n",
+                  file=sys.stderr, flush=True)
