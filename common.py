@@ -54,7 +54,8 @@ class Dataset(NamedTuple):
     std: torch.Tensor                  # (3,) float32, at least 1/255: a constant channel has none
 
 
-def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device="cpu"):
+def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device="cpu",
+                 skip_broken=False, max_pixels=None):
     """Read a data set as uint8: into memory, or mapped from where a folder was decoded to once.
 
     name: one of DATASETS; data_dir: where it lies (cifar10 and cifar100 are downloaded there once)
@@ -354,15 +355,27 @@ class ResNet(nn.Module):
         return x.mean((2, 3))  # (N, num_features)
 
 
-def resnet(arch="resnet18", width=1.0, stem="cifar"):
-    """A ResNet backbone: arch of ARCHS, width multiplies every channel count (SimCLR's 1x, 2x, 4x).
+def resnet(arch="resnet18", width=1.0, stem="cifar", weights=None):
+    """A ResNet backbone: arch of ARCHS, width multiplies all channel counts (SimCLR's 1x, 2x, 4x).
 
     stem: "cifar" (3x3, no max-pool) or "imagenet" (7x7, max-pool); `num_features`: the output size
-    Raises ValueError for an unknown arch or stem, or a width that leaves no channel.
+    weights: a file to begin with, one of our checkpoints or a state dict in torchvision's names
+    Raises ValueError for an unknown arch or stem, or a width that leaves no channel; UserError for
+    weights of another network.
     """
     if arch not in ARCHS or stem not in ("cifar", "imagenet") or round(64 * width) < 1:
         raise ValueError(f"no backbone with arch {arch!r}, width {width} and stem {stem!r}")
-    return ResNet(*ARCHS[arch], width, stem)
+    f = ResNet(*ARCHS[arch], width, stem)
+    if weights:
+        state = load_checkpoint(weights)
+        state = state.get("backbone", state.get("state_dict", state))
+        try:
+            f.load_state_dict({name: x for name, x in state.items() if not name.startswith("fc.")})
+        except RuntimeError as problem:
+            first = str(problem).splitlines()[1].strip()
+            raise UserError(f"{weights} is not a {arch} of width {width:g} with the {stem} stem "
+                            f"(--arch, --width, --stem): {first}") from None
+    return f
 
 
 # ----------------------------------------------------------------------------- files and processes
@@ -457,7 +470,8 @@ def load_checkpoint(path, method=None, args=None, data=None):
     changed = [f"{key} was {theirs[key]} and is {value}" for key, value in ours.items()
                if key not in free and theirs.get(key, value) != value]
     if changed:
-        raise UserError(f"{path} was made with other settings: {', '.join(changed)}")
+        raise UserError(f"{path} was made with other settings: {', '.join(changed)}; a new run may "
+                        f"begin with its weights: --init {path} and another --out")
     return saved
 
 
@@ -474,6 +488,36 @@ def save_checkpoint(path, state):
         raise UserError(f"cannot write {path} ({problem}): make room, then --resume") from None
 
 
+def restore(model, path):
+    """Load another run's whole model, where it fits; its backbone is the model's already."""
+    weights = load_checkpoint(path).get("model", {})
+    ours = {name: x.shape for name, x in model.state_dict().items()}
+    if {name: x.shape for name, x in weights.items()} == ours:
+        model.load_state_dict(weights)
+
+
+def open_log(path, end):
+    """Open and lock a log, and cut it at byte `end`: what was logged and not saved comes again.
+
+    Raises UserError if another process writes to it, or if it is shorter than `end`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = locked(path, wait=False)
+    if log.seek(0, os.SEEK_END) < end:
+        raise UserError(f"{path} has lost lines: restore it, or begin with --overwrite")
+    log.truncate(end)
+    return log
+
+
+def say(text, end="\n", file=None):
+    """Print; go on without an output that was closed or is full."""
+    file = file or sys.stdout
+    try:
+        print(text, end=end, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 def progress(batches, epoch, steps):
     """Pass the batches on and say how far it is: on a terminal in place, else once a minute."""
     terminal, said = sys.stderr.isatty(), time.perf_counter()
@@ -481,5 +525,4 @@ def progress(batches, epoch, steps):
         yield batch
         if time.perf_counter() - said > (0.5 if terminal else 60) and processes().rank == 0:
             said = time.perf_counter()
-            print(f"epoch {epoch} step {step}/{steps}", end="\r" if terminal else "\n",
-                  file=sys.stderr, flush=True)
+            say(f"epoch {epoch} step {step}/{steps}", "\r" if terminal else "\n", sys.stderr)

@@ -59,8 +59,8 @@ from torch import nn
 from torchvision.utils import save_image
 
 from common import (ARCHS, DATASETS, UserError, batches, choose_device, environment, gather,
-                    load_checkpoint, load_dataset, locked, normalize, processes, progress,
-                    resnet, save_checkpoint, wrap)
+                    load_checkpoint, load_dataset, normalize, open_log, processes, progress,
+                    resnet, restore, save_checkpoint, say, wrap)
 
 
 # =================== 1. Recipe (method) ===================
@@ -199,7 +199,8 @@ def train(args):
     device = choose_device(args.device)
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
-    data = load_dataset(args.dataset, args.data_dir, args.image_size, args.cache_dir, device)
+    data = load_dataset(args.dataset, args.data_dir, args.image_size, args.cache_dir, device,
+                        args.skip_broken, args.max_pixels)
     if world > 1:  # after the data: decoding may outlast the time that processes wait
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     count, size = len(data.train_images), data.train_images.shape[3]
@@ -208,7 +209,7 @@ def train(args):
         fail(f"--batch-size {args.batch_size} is more than the {count} training images")
     torch.manual_seed(args.seed)
     stem = ("cifar" if size <= 64 else "imagenet") if args.stem == "auto" else args.stem
-    model = Model(partial(resnet, args.arch, args.width, stem), args)
+    model = Model(partial(resnet, args.arch, args.width, stem, args.init), args)
     model = model.to(device, memory_format=torch.channels_last)
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
     # <method>
@@ -508,6 +509,8 @@ def parse_args(argv=None):
         help="folder: any images; shapes: drawn, needs no files")
     add("--data-dir", default="data", help="the images, or where CIFAR is downloaded to")
     add("--cache-dir", help="for a folder's decoded images (default: in --data-dir)")
+    add("--skip-broken", action="store_true", help="go on without files that cannot be read")
+    add("--max-pixels", type=number(int, 1, 10**12), help="of a file (default: Pillow's limit)")
     add("--image-size", type=number(int, 8, 4096), help="pixels (default: 32, folder 224)")
     add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
         help="threads that gather training images that do not fit on the device")
@@ -517,6 +520,7 @@ def parse_args(argv=None):
     add("--width", type=number(float, 0.25, 16), default=1.0, help="times all channel counts")
     add("--stem", choices=("auto", "cifar", "imagenet"), default="auto",
         help="auto: cifar (3x3, no max-pool) up to 64 pixels")
+    add("--init", metavar="PATH", help="begin with these weights: a checkpoint or torchvision's")
     add = parser.add_argument_group("run").add_argument
     add("--epochs", type=number(int, 1, 10**6), default=200, help="passes over the data")
     add("--batch-size", type=number(int, 2, 10**6), default=512, help="images a step")
@@ -565,6 +569,8 @@ def open_run(args, data, model, optimizer, lr):
         # Of the optimizer the momenta alone: all else is as this run and its device have it.
         momenta = saved["optimizer"]["state"]
         optimizer.load_state_dict({**optimizer.state_dict(), "state": momenta})
+    elif args.init:
+        restore(model, args.init)
     if processes().rank > 0:
         return None, saved.get("record")
     if args.save_views:
@@ -572,11 +578,7 @@ def open_run(args, data, model, optimizer, lr):
         columns = [images / 255, *augment(images, args)]
         columns = [F.interpolate(x, images.shape[2:]) for x in columns]
         save_image(torch.stack(columns, 1).flatten(0, 1), args.save_views, nrow=len(columns))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log, end = locked(path.with_name("log.jsonl"), wait=False), saved.get("log_end", 0)
-    if log.seek(0, os.SEEK_END) < end:
-        fail(f"{log.name} has lost lines that {path} goes on from: restore it, or --overwrite")
-    log.truncate(end)  # what was logged, but not saved, happens again
+    log = open_log(path.with_name("log.jsonl"), saved.get("log_end", 0))
     if not saved:
         path.unlink(missing_ok=True)  # a run killed early must not resume as the one before it
     count, tests = len(data.train_images), len(data.test_images)
@@ -585,10 +587,11 @@ def open_run(args, data, model, optimizer, lr):
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "processes": processes().world, **environment(data.mean.device)}
     log.write(json.dumps(header) + "\n")
+    log.flush()
     knn = "no labels, no kNN" if data.test_labels is None else f"kNN of {tests}"
-    print(f"{name}: {args.arch} on {header['device']}; {args.dataset}, {count} images, {knn}\n"
-          f"{args.epochs - saved.get('epoch', 0)} of {args.epochs} epochs to go, "
-          f"{count // args.batch_size} steps each, to {args.out}", flush=True)
+    say(f"{name}: {args.arch} on {header['device']}; {args.dataset}, {count} images, {knn}\n"
+        f"{args.epochs - saved.get('epoch', 0)} of {args.epochs} epochs to go, "
+        f"{count // args.batch_size} steps each, to {args.out}")
     return log, saved.get("record")
 
 
@@ -606,7 +609,9 @@ def save_epoch(log, record, args, model, optimizer, data):
     minutes = (args.epochs - record["epoch"]) * record.get("seconds", 0) / 60
     measured = " ".join(f"{key}={value:.4g}" for key, value in record.items())
     collapsed = " warning: std says collapsed" if record.get("std", 1) < 0.1 else ""
-    print(f"{measured} left={minutes:.0f}min{collapsed}", flush=True)
+    say(f"{measured} left={minutes:.0f}min{collapsed}")
+    if minutes == 0 and record["epoch"]:
+        say(f"in {args.out}: log.jsonl, checkpoint.pt; python linear_eval.py judges the latter")
 
 
 def main(argv=None):
