@@ -67,8 +67,7 @@ def add_recipe(parser):
     add("--warmup-epochs", type=number(int, 0, 10**6), default=0,
         help="linear; none is stated [SimSiam App. D, MoCo CIFAR demo]")
     add("--tau", type=number(float, 1e-3, 1e3), default=0.1, help="[MoCo CIFAR demo]")
-    add("--m", type=number(float, 0, 1), default=0.99,
-        help="the keys' moving average keeps this share a step [MoCo CIFAR demo]")
+    add("--m", type=number(float, 0, 1), default=0.99, help="of Eq. 2 [MoCo CIFAR demo]")
     add("--queue", type=number(int, 1, 10**9), default=4096,
         help="keys K in the queue [MoCo CIFAR demo]")
     add("--proj-layers", type=number(int, 1, 10), default=2,
@@ -86,8 +85,7 @@ def check_recipe(args):
     world = processes().world
     splits = max(1, args.bn_splits // world) * world
     if args.batch_size % splits or args.batch_size == splits:
-        fail(f"--bn-splits {args.bn_splits} cannot split --batch-size {args.batch_size}: take a "
-             f"multiple of {splits}, not itself")
+        fail(f"--bn-splits: --batch-size must be a multiple of {splits}, at least {2 * splits}")
 
 
 # =================== 2. Views (method) ===================
@@ -130,10 +128,7 @@ def momentum_update(f, f_k, m):
 
 @torch.no_grad()
 def enqueue(queue, ptr, k):
-    """Overwrite the oldest rows of queue (K, D) with keys k (N, D), normalised here, in place.
-
-    ptr: the oldest row's index, an int or a tensor; returns the new one
-    """
+    """Overwrite queue's (K, D) oldest rows, from ptr on, with unit k (N, D); the new ptr."""
     new = F.normalize(k.float(), dim=1)[-len(queue):]
     row = ptr + len(k) - len(new) + torch.arange(len(new), device=queue.device)
     queue.index_copy_(0, row % len(queue), new)
@@ -150,7 +145,6 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.splits = splits
 
     def forward(self, x):
-        """(B, C, H, W) to the same; in training B is a multiple of splits."""
         if not self.training:
             return super().forward(x)
         c, s = self.num_features, self.splits
@@ -232,7 +226,7 @@ def train(args):
     count, size = len(data.train_images), data.train_images.shape[3]
     steps, local_batch = count // args.batch_size, args.batch_size // world
     if steps == 0:
-        fail(f"--batch-size {args.batch_size} is more than the {count} training images")
+        fail(f"--batch-size {args.batch_size} is more than the {count} images: try {count // 4}")
     torch.manual_seed(args.seed)
     stem = ("cifar" if size <= 64 else "imagenet") if args.stem == "auto" else args.stem
     model = Model(partial(resnet, args.arch, args.width, stem, args.init), args)
@@ -240,8 +234,7 @@ def train(args):
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
     # <method>
     if args.queue > count - args.batch_size:
-        fail(f"--queue {args.queue} is more than the {count - args.batch_size} images outside "
-             "a batch: images would be their own negatives")
+        fail(f"images would be their own negatives: try --queue {count - args.batch_size}")
     parts = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parts, lr, args.sgd_momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
@@ -323,12 +316,9 @@ def knn_monitor(f, data, args, batch_size, autocast):
 
 @torch.no_grad()
 def features(f, images, mean, std, batch_size, autocast):
-    """The frozen backbone's output, in evaluation mode: uint8 (N, 3, H, W) to (N, D) float32.
-
-    Each process computes as many rows as any other: the last fill up with the last image.
-    """
+    """The frozen backbone's output, in evaluation mode: uint8 (N, 3, H, W) to (N, D) float32."""
     rank, world, _ = processes()
-    rows = -(-len(images) // world)
+    rows = -(-len(images) // world)  # of each process; the last one repeats the last image
     order = torch.arange(rank * rows, (rank + 1) * rows).clamp(max=len(images) - 1)
     out = []
     f.eval()
@@ -373,8 +363,8 @@ def crop_resize(x, boxes, size):
     """Cut and resize a box of each image, as torchvision's resized_crop(antialias=False).
 
     x: (N, 3, H, W); boxes: (N, 4) top, left, height, width in pixels
-    Returns (N, 3, size, size) float32. Each axis is a product with a matrix: its row i has the
-    weights 1 - |at_i - j| of the two pixels j around the point at_i, which is inside the box.
+    Returns (N, 3, size, size) float32. Row i of an axis's matrix weighs the two pixels j around
+    the point at_i, which is inside the box, by 1 - |at_i - j|.
     """
     def weights(start, length, pixels):
         at = (torch.arange(size, device=x.device) + 0.5) * (length / size)[:, None] - 0.5
@@ -389,7 +379,7 @@ def crop_resize(x, boxes, size):
 
 
 def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
-    """Crop a random box of each image as RandomResizedCrop does: ten tries, then the centre.
+    """Crop a random box of each image as RandomResizedCrop: ten tries, then the largest centre.
 
     x: (N, 3, H, W); scale: the box's share of the area; ratio: width / height
     Returns (N, 3, size, size) float32.
@@ -401,7 +391,6 @@ def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
     width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (width > 0) & (width <= w) & (height > 0) & (height <= h)
     missed, first = ~fits.any(1), fits.int().argmax(1, keepdim=True)
-    # The fallback is the largest centred box whose ratio is allowed.
     width = width.gather(1, first)[:, 0].where(~missed, min(w, round(h * ratio[1])))
     height = height.gather(1, first)[:, 0].where(~missed, min(h, round(w / ratio[0])))
     spare = torch.stack([h - height, w - width])  # (2, N): the lowest top, the rightmost left
@@ -468,8 +457,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, p, generator=None):
         (adjust_saturation, draw(1, saturation)), (adjust_hue, draw(0, hue))]
     # On the host: asking a GPU for the order would make the host wait for it.
     order = torch.randperm(4, generator=generator if x.device.type == "cpu" else None)
-    for i in order.tolist():
-        operation, factor = steps[i]
+    for operation, factor in [steps[i] for i in order.tolist()]:
         x = operation(x, factor)
     return x
 
@@ -553,8 +541,7 @@ def parse_args(argv=None):
     add("--epochs", type=number(int, 1, 10**6), default=200, help="passes over the data")
     add("--batch-size", type=number(int, 2, 10**6), default=512, help="images a step")
     add("--seed", type=number(int, 0, 10**9), default=0, help="another one, another run")
-    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto",
-        help="auto: the best there is")
+    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="auto: best")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
         help="of the network; auto: bf16 on CUDA, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction,
@@ -567,8 +554,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("monitor").add_argument
     add("--knn-every", type=number(int, 1, 10**6), default=5,
         help="epochs between two kNN accuracies, which the first and the last have too")
-    add("--knn-k", type=number(int, 1, 10**6), default=200,
-        help="neighbours [MoCo CIFAR demo]")
+    add("--knn-k", type=number(int, 1, 10**6), default=200, help="[MoCo CIFAR demo]")
     add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
         help="temperature of a neighbour's vote [MoCo CIFAR demo]")
     add_recipe(parser)
