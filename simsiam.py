@@ -520,7 +520,7 @@ def open_run(args, data, model, optimizer, lr):
         path.unlink(missing_ok=True)  # a run killed early must not resume as the one before it
     count, tests = len(data.train_images), len(data.test_images)
     header = {
-        "args": vars(args), "lr": lr, "images": count, "test_images": tests,
+        "method": name, "args": vars(args), "lr": lr, "images": count, "test_images": tests,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "processes": processes().world, **environment(data.mean.device)}
     log.write(json.dumps(header) + "\n")
