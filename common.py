@@ -518,7 +518,7 @@ def say(text, end="\n", file=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def progress(batches, epoch, steps):
+def with_progress(batches, epoch, steps):
     """Pass the batches on and say how far it is: on a terminal in place, else once a minute."""
     terminal, said = sys.stderr.isatty(), time.perf_counter()
     for step, batch in enumerate(batches, 1):

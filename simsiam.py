@@ -47,8 +47,8 @@ from torch import nn
 from torchvision.utils import save_image
 
 from common import (ARCHS, DATASETS, UserError, batches, choose_device, environment, gather,
-                    load_checkpoint, load_dataset, normalize, open_log, processes, progress,
-                    resnet, restore, save_checkpoint, say, wrap)
+                    load_checkpoint, load_dataset, normalize, open_log, processes,
+                    resnet, restore, save_checkpoint, say, with_progress, wrap)
 
 
 # =================== 1. Recipe (method) ===================
@@ -185,7 +185,7 @@ def train(args):
         start = time.perf_counter()
         model.train()
         images = batches(data.train_images, order, local_batch, device, args.workers)
-        for step, x in enumerate(progress(images, epoch, steps)):
+        for step, x in enumerate(with_progress(images, epoch, steps)):
             rate = learning_rate((epoch - 1) * steps + step, args.epochs * steps, lr,
                                  args.warmup_epochs * steps)
             for group in optimizer.param_groups:
