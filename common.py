@@ -459,14 +459,17 @@ def load_checkpoint(path, method=None, args=None, data=None):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if args is None:
             return saved
-        theirs = {**saved["args"], "method": saved["method"], "images": saved["images"]}
+        theirs = {**saved["args"], "method": saved["method"], "images": saved["images"],
+                  "mean of the pixels": [round(x, 4) for x in saved["mean"].tolist()]}
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except Exception as problem:  # a damaged file raises whatever the unpickler meets
-        raise UserError(f"{path} is not a checkpoint ({type(problem).__name__})") from None
+        raise UserError(f"{path} is not a whole checkpoint ({type(problem).__name__}): restore it, "
+                        "or begin anew with --overwrite") from None
     free = ("data_dir", "cache_dir", "workers", "device", "compile", "out", "resume", "overwrite",
             "save_views", "knn_every", "knn_k", "knn_tau")  # these may change within a run
-    ours = {**vars(args), "method": method, "images": len(data.train_images)}
+    ours = {**vars(args), "method": method, "images": len(data.train_images),
+            "mean of the pixels": [round(x, 4) for x in data.mean.tolist()]}
     changed = [f"{key} was {theirs[key]} and is {value}" for key, value in ours.items()
                if key not in free and theirs.get(key, value) != value]
     if changed:
@@ -481,6 +484,7 @@ def save_checkpoint(path, state):
     try:
         with open(part, "wb") as file:
             torch.save(state, file)
+            file.flush()
             os.fsync(file.fileno())  # or a power cut may leave the name without the bytes
         os.replace(part, path)
     except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
@@ -496,15 +500,18 @@ def restore(model, path):
         model.load_state_dict(weights)
 
 
-def open_log(path, end):
+def open_log(path, end, overwrite):
     """Open and lock a log, and cut it at byte `end`: what was logged and not saved comes again.
 
-    Raises UserError if another process writes to it, or if it is shorter than `end`.
+    Raises UserError if another process writes to it, or if log and checkpoint are not of one run.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     log = locked(path, wait=False)
     if log.seek(0, os.SEEK_END) < end:
         raise UserError(f"{path} has lost lines: restore it, or begin with --overwrite")
+    log.seek(0)
+    if not end and not overwrite and len(log.readlines()) > 2:  # more than a start that was killed
+        raise UserError(f"{path} has no checkpoint beside it: restore that, or take --overwrite")
     log.truncate(end)
     return log
 

@@ -185,7 +185,8 @@ def train(args):
     count, size = len(data.train_images), data.train_images.shape[3]
     steps, local_batch = count // args.batch_size, args.batch_size // world
     if steps == 0:
-        fail(f"--batch-size {args.batch_size} is more than the {count} images: try {count // 4}")
+        fail(f"--batch-size {args.batch_size} is more than the {count} images: "
+             f"try {2 ** (count // 2).bit_length()}")
     torch.manual_seed(args.seed)
     stem = ("cifar" if size <= 64 else "imagenet") if args.stem == "auto" else args.stem
     model = Model(partial(resnet, args.arch, args.width, stem, args.init), args)
@@ -546,7 +547,7 @@ def open_run(args, data, model, optimizer, lr):
         columns = [images / 255, *augment(images, args)]
         columns = [F.interpolate(x, images.shape[2:]) for x in columns]
         save_image(torch.stack(columns, 1).flatten(0, 1), args.save_views, nrow=len(columns))
-    log = open_log(path.with_name("log.jsonl"), saved.get("log_end", 0))
+    log = open_log(path.with_name("log.jsonl"), saved.get("log_end", 0), args.overwrite)
     if not saved:
         path.unlink(missing_ok=True)  # a run killed early must not resume as the one before it
     count, tests = len(data.train_images), len(data.test_images)
@@ -574,12 +575,12 @@ def save_epoch(log, record, args, model, optimizer, data):
         "record": record, "log_end": log.tell(), "images": len(data.train_images),
         "mean": data.mean, "std": data.std, "backbone": model.f.state_dict(),
         "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    minutes = (args.epochs - record["epoch"]) * record.get("seconds", 0) / 60
-    measured = " ".join(f"{key}={value:.4g}" for key, value in record.items())
-    collapsed = " warning: std says collapsed" if record.get("std", 1) < 0.1 else ""
-    say(f"{measured} left={minutes:.0f}min{collapsed}")
-    if minutes == 0 and record["epoch"]:
-        say(f"in {args.out}: log.jsonl, checkpoint.pt; python linear_eval.py judges the latter")
+    line = " ".join(f"{key}={value:.4g}" for key, value in record.items())
+    if record["epoch"] > 0:
+        line += f" left={(args.epochs - record['epoch']) * record['seconds'] / 60:.0f}min"
+    say(line + (" warning: std says collapsed" if record.get("std", 1) < 0.1 else ""))
+    if record["epoch"] == args.epochs:
+        say(f"wrote {args.out}/log.jsonl; next: python linear_eval.py {args.out}/checkpoint.pt")
 
 
 def main(argv=None):
