@@ -495,7 +495,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--epochs", type=number(int, 1, 10**6), default=200, help="passes over the data")
     add("--batch-size", type=number(int, 2, 10**6), default=512, help="images a step")
-    add("--seed", type=number(int, 0, 10**9), default=0, help="another one, another run")
+    add("--seed", type=number(int, 0, 10**9), default=0, help="same seed, same run")
     add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="auto: best")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
         help="of the network; auto: bf16 on CUDA, else fp32")
@@ -509,7 +509,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("monitor").add_argument
     add("--knn-every", type=number(int, 1, 10**6), default=5,
         help="epochs between two kNN accuracies, which the first and the last have too")
-    add("--knn-k", type=number(int, 1, 10**6), default=200, help="[MoCo CIFAR demo]")
+    add("--knn-k", type=number(int, 1, 10**6), default=200, help="neighbours [MoCo demo]")
     add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
         help="temperature of a neighbour's vote [MoCo CIFAR demo]")
     add_recipe(parser)

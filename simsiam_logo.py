@@ -33,7 +33,7 @@ Differences from the paper:
   lr 0.05 and weight decay 1e-4.
 - The paper adds L_lg's four terms; here L_lg is their mean, not yet compared at full width.
 - Crops: SimSiam's 0.2 to 1 of the area, cut in two at 0.4 as in the authors' code, where local
-  ones begin at 0.05: 2.2 points lower (20 epochs, a quarter of the width, one seed).
+  ones begin at 0.05; not yet compared at full width. We do not know the paper's.
 - The affinity learns by a logistic loss, as in the authors' MoCo-LoGo (the paper's Omega has no
   bound), with the encoder and not before it, without their noise, unit inputs and batch norm.
 """
@@ -519,7 +519,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--epochs", type=number(int, 1, 10**6), default=200, help="passes over the data")
     add("--batch-size", type=number(int, 2, 10**6), default=512, help="images a step")
-    add("--seed", type=number(int, 0, 10**9), default=0, help="another one, another run")
+    add("--seed", type=number(int, 0, 10**9), default=0, help="same seed, same run")
     add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="auto: best")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
         help="of the network; auto: bf16 on CUDA, else fp32")
@@ -533,7 +533,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("monitor").add_argument
     add("--knn-every", type=number(int, 1, 10**6), default=5,
         help="epochs between two kNN accuracies, which the first and the last have too")
-    add("--knn-k", type=number(int, 1, 10**6), default=200, help="[MoCo CIFAR demo]")
+    add("--knn-k", type=number(int, 1, 10**6), default=200, help="neighbours [MoCo demo]")
     add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
         help="temperature of a neighbour's vote [MoCo CIFAR demo]")
     add_recipe(parser)
