@@ -1,4 +1,4 @@
-"""MoCo. CIFAR-10, 200 epochs: not measured yet, published 85.3 % kNN.
+"""MoCo. CIFAR-10, 200 epochs: not measured yet; the authors' demo has 85.3 % kNN (linear head).
 
 Reference implementation, made to be read from the top, diffed and copied (with common.py), of
 "Momentum Contrast for Unsupervised Visual Representation Learning", He et al., CVPR 2020,
@@ -21,15 +21,16 @@ Keys come from a slow copy of the network, a moving average, so that old keys st
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order
-  of the four colour operations is drawn once a batch of views: each is one pass over it.
+  of the four colour operations is drawn once a batch, to run each once on all of its views.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
-- A folder's crops are cut from images already resized to --image-size.
+- A folder's crops are cut from images already resized to --image-size, not antialiased.
 - The recipe is the authors' Colab demo's, but for the head, linear there: the symmetric loss is
   a sum, its keys enter the queue together after both; ShuffleBN on one GPU by 8 splits.
 - The defaults are CIFAR's at any size; for ImageNet v2 has crops from 0.2, tau 0.2, m 0.999,
   decay 1e-4 and K 65536.
 """
 # SPDX-License-Identifier: MIT
+# Shared sections are one text in all four scripts, but for what stands in <method> fences.
 
 # =================== Imports (shared) ===================
 import argparse
@@ -90,7 +91,7 @@ def check_recipe(args):
 
 # =================== 2. Views (method) ===================
 def augment(x, args, generator=None):
-    """Two views of every image, small ones without blur [SimSiam App. D, MoCo CIFAR demo].
+    """Two views of every image, small ones without blur [MoCo CIFAR demo].
 
     x: (N, 3, H, W) uint8; returns [x1, x2], each (N, 3, W, W) float32 in [0, 1]
     """
@@ -128,7 +129,7 @@ def momentum_update(f, f_k, m):
 
 @torch.no_grad()
 def enqueue(queue, ptr, k):
-    """Overwrite queue's (K, D) oldest rows, from ptr on, with unit k (N, D); the new ptr."""
+    """Write k (N, D), normalised here, over queue's (K, D) rows from ptr on; the new ptr."""
     new = F.normalize(k.float(), dim=1)[-len(queue):]
     row = ptr + len(k) - len(new) + torch.arange(len(new), device=queue.device)
     queue.index_copy_(0, row % len(queue), new)
@@ -158,7 +159,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 class Model(nn.Module):
-    """f, g, f_k, g_k, queue of Algorithm 1; base_encoder() gives a backbone, `num_features`."""
+    """f, g, f_k, g_k, queue; base_encoder() makes a backbone that has `num_features`."""
 
     sync_bn = False  # the statistics of one batch would give the answer away [MoCo Sec. 3.3]
 
@@ -175,7 +176,7 @@ class Model(nn.Module):
         self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
 
     def encoder(self, base_encoder, args):
-        """A backbone with split batch norm and its head of 512-128 [MoCo v2], or linear [v1]."""
+        """A backbone with split batch norm and its head: 512-512-128 [MoCo v2], linear [v1]."""
         f = base_encoder()
         for name, module in [*f.named_modules()] if self.splits > 1 else ():
             if isinstance(module, nn.BatchNorm2d):
@@ -235,7 +236,7 @@ def train(args):
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
     # <method>
     if args.queue > count - args.batch_size:
-        fail(f"images would be their own negatives: try --queue {count - args.batch_size}")
+        fail(f"images may be their own negatives: try --queue {count - args.batch_size}")
     parts = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parts, lr, args.sgd_momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
@@ -267,7 +268,7 @@ def train(args):
             with autocast():
                 pairs = network(*views)
             loss = sum(info_nce(q, k, model.queue, args.tau) for q, k in pairs)  # Eq. 1
-            z = pairs[0][0]
+            std = feature_std(pairs[0][0])
             # </method>
             optimizer.zero_grad()
             loss.backward()
@@ -278,7 +279,7 @@ def train(args):
             keys = gather(torch.cat([k for _, k in pairs]))  # of all processes: one queue
             model.ptr.copy_(enqueue(model.queue, model.ptr, keys))
             # </method>
-            losses[step], stds[step] = loss.detach(), feature_std(z)
+            losses[step], stds[step] = loss.detach(), std
         if world > 1:
             for value in (losses, stds):
                 dist.all_reduce(value.div_(world))

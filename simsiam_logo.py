@@ -1,4 +1,4 @@
-"""SimSiam-LoGo. CIFAR-10, 200 epochs: 80.5 % kNN (JPEG mirror, 11 minutes, H200), quoted 87.7 %.
+"""SimSiam-LoGo. CIFAR-10, 200 epochs: 80.5 % kNN (JPEG copy, 11 minutes, H200); paper 87.7 %.
 
 Reference implementation, made to be read from the top, diffed and copied (with common.py), of
 "Leverage Your Local and Global Representations: A New Self-Supervised Learning Strategy",
@@ -6,38 +6,39 @@ Zhang et al., CVPR 2022, arXiv 2203.17205, in its SimSiam form (arXiv 2011.10566
 
     python simsiam_logo.py --epochs 200 --batch-size 512
 
-SimSiam with two local crops more. Every crop predicts the other global ones; local ones may show
-different things: an affinity learns to tell pairs of one image, and the encoder makes it small.
+SimSiam with two local crops more. Every crop predicts the other global ones. Two local ones may
+differ: an affinity learns to tell pairs of one image from pairs of two, the encoder lowers it.
 
     xg1, xg2 (B, 3, H, W)  two global views of a batch of B images
     xl1, xl2 (B, 3, ., .)  two local views of them, smaller for images above 64 pixels
     f        backbone      f(x) is what is kept, (B, 512) for ResNet-18
-    g        projector     z = g(f(x)), (B, 2048); SimSiam's f is both, f and g
+    g        projector     z = g(f(x)), (B, 2048); f and g are one f in SimSiam
     h        predictor     p = h(z), (B, 2048); zg, zl, pg, pl: of global, of local views
     affinity (zl1, zl2)    a logit (B,): are they local views of one image?
     D(p, z)  = -p / |p| . stopgrad(z) / |z|, in [-1, 1]                (SimSiam's 1 and 3)
     L_gg     = D(pg1, zg2) / 2 + D(pg2, zg1) / 2                       (SimSiam's 4)
     L_lg     = mean of D(pl_i, zg_j) over i and j
     L        = L_gg + L_lg + lam L_ll, L_ll = mean affinity(zl1, zl2), its parameters fixed
-               0 for outputs that know nothing of each other; the least is the collapse
+               0 if outputs are unrelated; the least if all agree, as in a collapse
     Omega    = -mean softplus(-affinity(zl1, zl2)) - mean softplus(affinity(zl1, other zl2))
                which the affinity alone makes large; other zl2: the previous image's   (6)
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order
-  of the four colour operations is drawn once a batch of views: each is one pass over it.
+  of the four colour operations is drawn once a batch, to run each once on all of its views.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
-- A folder's crops are cut from images already resized to --image-size.
+- A folder's crops are cut from images already resized to --image-size, not antialiased.
 - g's last batch norm has no scale and shift, as in the authors' code (SimSiam's builder.py).
-- The defaults are CIFAR's at any size; for ImageNet SimSiam has a projector of three layers,
-  lr 0.05 and weight decay 1e-4.
+- The defaults are CIFAR's at any size, 200 epochs of the paper's 800; for ImageNet SimSiam has
+  a projector of three layers, lr 0.05 and weight decay 1e-4.
 - The paper adds L_lg's four terms; here L_lg is their mean, not yet compared at full width.
 - Crops: SimSiam's 0.2 to 1 of the area, cut in two at 0.4 as in the authors' code, where local
   ones begin at 0.05; not yet compared at full width. We do not know the paper's.
 - The affinity learns by a logistic loss, as in the authors' MoCo-LoGo (the paper's Omega has no
-  bound), with the encoder and not before it, without their noise, unit inputs and batch norm.
+  bound), with the encoder and not before it; no noise, unit inputs or batch norm as in theirs.
 """
 # SPDX-License-Identifier: MIT
+# Shared sections are one text in all four scripts, but for what stands in <method> fences.
 
 # =================== Imports (shared) ===================
 import argparse
@@ -149,7 +150,7 @@ def affinity_loss(pos, neg):
 
 # =================== 4. Model (method) ===================
 class Model(nn.Module):
-    """f, g and h of Algorithm 1; base_encoder() makes a backbone with `num_features`."""
+    """f, g and h; base_encoder() makes a backbone that has `num_features`."""
 
     sync_bn = True  # more GPUs: the batch's statistics, not a part's [SimSiam Sec. 3]
 
@@ -161,10 +162,9 @@ class Model(nn.Module):
         self.g = nn.Sequential(
             nn.Linear(self.f.num_features, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(),
             nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim, affine=False))  # builder.py
-        hidden = args.pred_dim
         self.h = nn.Sequential(
-            nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, dim))
+            nn.Linear(dim, args.pred_dim, bias=False), nn.BatchNorm1d(args.pred_dim),
+            nn.ReLU(), nn.Linear(args.pred_dim, dim))
         # No batch norm: it would see that a batch holds pairs of one kind only.
         self.affinity = nn.Sequential(
             nn.Linear(2 * dim, 256), nn.ReLU(),
@@ -172,7 +172,7 @@ class Model(nn.Module):
 
     def forward(self, xg1, xg2, xl1, xl2):
         """Views to four p and z (B, 2048) and logits (B,): L_ll's, Omega's pos and neg."""
-        z = [self.g(self.f(x)) for x in (xg1, xg2, xl1, xl2)]  # statistics are one view's
+        z = [self.g(self.f(x)) for x in (xg1, xg2, xl1, xl2)]  # batch norm sees one view
         p = [self.h(one) for one in z]
         pair = torch.cat([z[2], z[3]], 1)  # (B, 4096)
         other = torch.cat([z[2], z[3].roll(1, 0)], 1)  # a roll: no image meets itself
@@ -249,14 +249,14 @@ def train(args):
             with autocast():
                 p, z, l_ll, pos, neg = network(*views)
             loss = logo_loss(p, z, l_ll, args.lam, args.stop_gradient)
-            omega = affinity_loss(pos, neg)
-            loss = loss + omega - omega.detach()  # omega's gradient, L's value
-            z = z[0]
+            l_affinity = affinity_loss(pos, neg)
+            loss = loss + (l_affinity - l_affinity.detach())  # both gradients, L's value
+            std = feature_std(z[0])
             # </method>
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[step], stds[step] = loss.detach(), feature_std(z)
+            losses[step], stds[step] = loss.detach(), std
         if world > 1:
             for value in (losses, stds):
                 dist.all_reduce(value.div_(world))
