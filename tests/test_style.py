@@ -69,7 +69,7 @@ def problems(sources):
                   if shared[key] != first[key]]
         fences = FENCE.findall(mine[SECTIONS[5]])
         elsewhere = [key for key, body in mine.items()
-                     if "<method>" in body and key != SECTIONS[5]]
+                     if re.search("(?m)^ *# </?method>$", body) and key != SECTIONS[5]]
         if not 2 <= len(fences) <= 3 or elsewhere:
             found.append(f"{name}: {len(fences)} fences, others in {elsewhere}")
         if sum(fence.count("\n") for fence in fences) > FENCES[name]:
