@@ -18,7 +18,7 @@ import moco
 import simclr
 import simsiam
 from conftest import SCRIPTS, fast_start
-from test_training import refused
+from conftest import refused
 
 
 def free_port():
