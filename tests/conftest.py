@@ -29,8 +29,9 @@ def refused(capsys, module, argv, *words, status=2):
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         module.main(argv)
-    said = capsys.readouterr().err
-    assert end.value.code == status and said.startswith("error: ") and said.count("\n") == 1, said
+    said, code = capsys.readouterr().err, end.value.code
+    del end  # its traceback would keep main's files open, and locked
+    assert code == status and said.startswith("error: ") and said.count("\n") == 1, said
     assert all(word in said for word in words), said
 
 
