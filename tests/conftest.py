@@ -61,7 +61,8 @@ def equal(a, b):
 def fast_start():
     """A context of multiprocessing: one process has imported torch, all children are copies."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_distributed", "test_resume"])
+    # torch._dynamo: the first optimizer of a process imports it, for seconds.
+    context.set_forkserver_preload(["torch._dynamo", "test_distributed", "test_resume"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         multiprocessing.forkserver.ensure_running()
