@@ -119,7 +119,7 @@ def locked(path, wait=True):
         if not wait:
             file.close()
             raise
-        print(f"waiting for {Path(path).read_text() or 'another process'} at {path}", flush=True)
+        print("waiting for", Path(path).read_text().strip() or "another", "at", path, flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
     except (OSError, AttributeError):
         pass  # some network file systems have no such locks, nor has Windows
@@ -210,7 +210,7 @@ def _decoded(files, root, size, path):
     def look():
         """None if `path` has other images, or lacks one that can be read by now."""
         (images, rows), broken = _cached(path), {}
-        if [*rows] != [key for key in keys if key in rows]:
+        if files and images is None or [*rows] != [key for key in keys if key in rows]:
             return None
         for file in (file for file, key in zip(files, keys) if key not in rows):
             if torch.is_tensor(broken.setdefault(file, _read_image(file, size))):
@@ -225,7 +225,7 @@ def _decoded(files, root, size, path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with locked(path.with_name(f".{path.stem}.lock")) as lock:  # of several one decodes
                     lock.truncate(0)
-                    print(f"process {os.getpid()} on", socket.gethostname(), end="", file=lock, flush=True)
+                    print("process", os.getpid(), "on", socket.gethostname(), file=lock, flush=True)
                     found = look() or _decode(files, keys, size, path) or look()
     except OSError as problem:
         raise ValueError(f"cannot keep decoded images ({problem}): name a --cache-dir") from None
