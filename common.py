@@ -176,6 +176,7 @@ def _scan(root):
     certain = [name for name, (_, start) in Image.OPEN.items() if start and name not in STUBS]
 
     def opens(path):
+        """Whether its first bytes are those of an image."""
         with suppress(Exception), Image.open(path, formats=certain):
             return True
 
@@ -253,7 +254,7 @@ def _decode(files, keys, size, path):
         raise OSError(f"they need {need:.2f} GiB in {path.parent}, which has {free:.2f} GiB free")
     old, rows = _cached(path)
 
-    def read(file, key):  # what is there already is copied
+    def gather(file, key):  # what is there already is copied
         return old[rows[key]] if key in rows else _read_image(file, size)
 
     part = path.with_name(f".{path.stem}.{socket.gethostname()}-{os.getpid()}.tmp")
@@ -263,7 +264,7 @@ def _decode(files, keys, size, path):
         with open(part, "wb") as out, ThreadPoolExecutor() as pool:  # PIL frees Python's lock
             out.seek(128)  # the header, which waits for the number of images
             images = (image for at in range(0, len(files), most)
-                      for image in pool.map(read, files[at:at + most], keys[at:at + most]))
+                      for image in pool.map(gather, files[at:at + most], keys[at:at + most]))
             for done, (key, image) in enumerate(zip(keys, images), 1):
                 if torch.is_tensor(image):
                     out.write(image.numpy())
@@ -409,19 +410,18 @@ class ResNet(models.ResNet):
         planes = [round(64 * width * 2**stage) for stage in range(4)]
         cifar = stem == "cifar"  # full size, no max-pool: a 32x32 image keeps a last map of 4x4
         kernel, stride, padding = (3, 1, 1) if cifar else (7, 2, 3)
+        self.inplanes = planes[0]
         self.conv1 = nn.Conv2d(3, planes[0], kernel, stride, padding, bias=False)
         self.bn1 = nn.BatchNorm2d(planes[0])
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if cifar else nn.MaxPool2d(3, 2, 1)
-        self.inplanes, self.groups, self.base_width, self.dilation = planes[0], 1, 64, 1
-        self._norm_layer = nn.BatchNorm2d
+        self.groups, self.base_width, self.dilation, self._norm_layer = 1, 64, 1, nn.BatchNorm2d
         for stage, depth in enumerate(depths):
-            layer = self._make_layer(block, planes[stage], depth, stride=1 if stage == 0 else 2)
+            layer = self._make_layer(block, planes[stage], depth, stride=min(stage + 1, 2))
             setattr(self, f"layer{stage + 1}", layer)
         self.num_features = self.inplanes
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # as torchvision's ResNet
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
