@@ -180,6 +180,7 @@ def _scan(root):
     certain = [name for name, (_, start) in Image.OPEN.items() if start and name not in STUBS]
 
     def opens(path):
+        """Whether its first bytes are those of an image."""
         with suppress(Exception), Image.open(path, formats=certain):
             return True
 
