@@ -504,7 +504,7 @@ def test_a_lock_of_the_run_does_not_stop_the_decoder(photos):
 def test_a_lock_is_held_by_one(tmp_path):
     with common.locked(tmp_path / "x") as file:
         file.write("line\n")
-        with pytest.raises(BlockingIOError):
+        with pytest.raises(common.UserError):
             common.locked(tmp_path / "x", wait=False)
     with common.locked(tmp_path / "x", wait=False) as file:
         file.seek(0)
