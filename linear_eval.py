@@ -29,6 +29,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from functools import partial
 from pathlib import Path
@@ -36,24 +37,25 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision import transforms
 from torchvision.utils import save_image
 
-from common import ARCHS, DATASETS, batches, load_dataset, normalize, resident, resnet
+from common import ARCHS, DATASETS, batches, load_dataset, normalize, resnet
 
 RECIPES = {  # epochs, learning rate at batch 256, weight decay
     "linear": (1000, None, None),  # iterations at most [ours, measured: SimSiam needed 800]
     "augment": (100, 0.1, 0.0),  # linear with --augment [ours; 100 as in the MoCo CIFAR demo]
     "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5, which takes 60 epochs for 1 % of the labels]
     "scratch": (100, 0.1, 5e-4)}  # [ours; He et al. 1512.03385 Sec. 4.2 took 0.2 by this measure]
-FOREIGN = {"dataset": "cifar10", "data_dir": "data", "cache_dir": None, "image_size": None,
-           "arch": "resnet18", "width": 1.0}  # what weights that are not ours do not tell
+DEFAULTS = {"dataset": "cifar10", "data_dir": "data", "cache_dir": None, "image_size": None,
+            "arch": "resnet18", "width": 1.0}  # where weights come without the arguments of their run
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of torchvision's weights
 
 
 # =================== 2. Options ===================
 def fail(message, status=2):
     """End the program with one line on standard error."""
-    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")  # whole, beside other processes
+    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")  # one write: lines never mix
     raise SystemExit(status)
 
 
@@ -65,14 +67,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of every flag that has one; N is a number, all other values are paths."""
+    """Show the default of every flag that has one."""
 
     def _get_help_string(self, action):
         unset = action.default is None or action.default is False
         return action.help if unset else super()._get_help_string(action)
-
-    def _get_default_metavar_for_optional(self, action):
-        return "N" if action.type else "PATH"
 
 
 def number(kind, low, high):
@@ -156,55 +155,7 @@ def parse_args(argv=None):
     return args
 
 
-# =================== 3. Augmentation ===================
-def crop_resize(x, boxes, size):
-    """Cut a box from each image and resize it, as torchvision's resized_crop(antialias=False).
-
-    x: (N, 3, H, W); boxes: (N, 4) top, left, height, width in pixels
-    Returns (N, 3, size, size) float32. Each axis is a product with a matrix whose row i holds the
-    weights 1 - |at_i - j| of the two pixels j around the point at_i, which stays inside the box.
-    """
-    def weights(start, length, pixels):
-        at = (torch.arange(size, device=x.device) + 0.5) * (length / size)[:, None] - 0.5
-        at = torch.minimum(at.clamp_(min=0), length[:, None] - 1) + start[:, None]
-        distance = (at[:, :, None] - torch.arange(pixels, device=x.device)).abs_()
-        return distance.neg_().add_(1).clamp_(min=0)  # (N, size, pixels)
-
-    top, left, height, width = boxes.float().unbind(1)
-    rows, columns = weights(top, height, x.shape[2]), weights(left, width, x.shape[3])
-    with torch.autocast(x.device.type, enabled=False):  # bf16 has fewer bits than the pixels
-        return rows[:, None] @ x.float() @ columns[:, None].mT
-
-
-def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
-    """Crop a random box of each image, as RandomResizedCrop does: ten tries, then the centre.
-
-    x: (N, 3, H, W); scale: the box's share of the area; ratio: width / height
-    Returns (N, 3, size, size) float32.
-    """
-    n, _, h, w = x.shape
-    u = torch.rand(4, n, 10, generator=generator, device=x.device)
-    area = h * w * (scale[0] + (scale[1] - scale[0]) * u[0])
-    aspect = ratio[0] * (ratio[1] / ratio[0]) ** u[1]  # log-uniform
-    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (N, 10)
-    fits = (width > 0) & (width <= w) & (height > 0) & (height <= h)
-    missed, first = ~fits.any(1), fits.int().argmax(1, keepdim=True)
-    # The fallback is the largest centred box whose ratio is allowed.
-    width = width.gather(1, first)[:, 0].where(~missed, min(w, round(h * ratio[1])))
-    height = height.gather(1, first)[:, 0].where(~missed, min(h, round(w / ratio[0])))
-    spare = torch.stack([h - height, w - width])  # (2, N) pixels above and left of the lowest box
-    top, left = torch.where(missed, spare // 2,
-                            (u[2:, :, 0] * (spare + 1)).floor().minimum(spare))
-    return crop_resize(x, torch.stack([top, left, height, width], 1), size)
-
-
-def random_flip(x, generator=None):
-    """Mirror each image left to right with probability 1/2."""
-    flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
-    return torch.where(flip, x.flip(3), x)
-
-
-# =================== 4. Backbone ===================
+# =================== 3. Backbone ===================
 def read_weights(path, prefix=None):
     """Read a checkpoint as (backbone's state dict, all of ours or {} for foreign weights).
 
@@ -238,18 +189,12 @@ def read_weights(path, prefix=None):
 def load_backbone(weights, arch, width, stem):
     """A backbone with exactly these weights; ValueError lists what is missing or left over."""
     f = resnet(arch, width, stem)
-    ours = f.state_dict()
-    # Weights saved before PyTorch 0.4.1 do not count batches; nothing here needs the count.
-    missing = [x for x in ours if x not in weights and not x.endswith("num_batches_tracked")]
-    wrong = [f"{key} is {tuple(x.shape)} and not {tuple(ours[key].shape)}"
-             for key, x in weights.items() if key in ours and x.shape != ours[key].shape]
-    for what, keys in (("missing", missing), ("unexpected", [x for x in weights if x not in ours]),
-                       ("of another shape", wrong)):
-        if keys:
-            more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
-            raise ValueError(f"the weights are not a {arch} of width {width:g} with the {stem} stem"
-                             f" (--arch, --width, --stem); {what}: {', '.join(keys[:10])}{more}")
-    f.load_state_dict(weights, strict=False)
+    try:
+        f.load_state_dict(weights)
+    except RuntimeError as problem:
+        differences = textwrap.shorten(str(problem), 600, placeholder=" ...")
+        raise ValueError(f"the weights are not a {arch} of width {width:g} with the {stem} stem "
+                         f"(--arch, --width, --stem): {differences}") from None
     return f
 
 
@@ -274,31 +219,29 @@ def load_head(saved, count):
     return nn.Sequential(*layers)
 
 
-def few_labels(labels, share, seed):
-    """Indices (n,) of a share of each class, at least one image; labels (N,) int64."""
-    if share == 1:
+def few_labels(labels, fraction, seed):
+    """Indices (n,) of a fraction of each class, at least one image; labels (N,) int64."""
+    if fraction == 1:
         return torch.arange(len(labels))
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=draw)
     parts = [order[labels[order] == label] for label in labels.unique()]
-    return torch.cat([part[:max(1, round(share * len(part)))] for part in parts])
+    return torch.cat([part[:max(1, round(fraction * len(part)))] for part in parts])
 
 
-# =================== 5. kNN ===================
+# =================== 4. Features and kNN ===================
 @torch.no_grad()
-def features(f, images, mean, std, batch_size, autocast, rank=0, world=1):
-    """The frozen backbone's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32.
-
-    With more processes, of every world-th image from rank on, the last one again to fill up.
-    """
-    training, out = f.training, []
-    share = torch.arange(rank, -(-len(images) // world) * world, world).clamp(max=len(images) - 1)
+def features(f, images, mean, std, batch_size, autocast):
+    """The frozen backbone's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32."""
     f.eval()
-    for x in batches(images, share, batch_size, mean.device):
+    out, done = None, 0  # not a list to join: that would hold all of them twice
+    for x in batches(images, torch.arange(len(images)), batch_size, mean.device):
         with autocast():
-            out.append(f(normalize(x, mean, std)).float())
-    f.train(training)
-    return torch.cat(out)
+            x = f(normalize(x, mean, std))
+        out = x.new_empty(len(images), x.shape[1], dtype=torch.float32) if out is None else out
+        out[done:done + len(x)] = x
+        done += len(x)
+    return out
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1):
@@ -307,24 +250,29 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
     Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
     """
-    bank, k = F.normalize(bank.float(), dim=1).T, min(k, len(bank))
-    right, chunk = 0, max(1, 2**25 // bank.shape[1])  # 128 MiB of similarities at a time
-    for query, label in zip(queries.split(chunk), labels.split(chunk)):
-        cosine, index = (F.normalize(query.float(), dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
-        votes = bank.new_zeros(len(query), num_classes)
-        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
-        votes.scatter_add_(1, bank_labels[index], vote)
-        right = right + (votes.argmax(1) == label).sum()
-    return 100 * right.item() / len(queries)
+    cosine = queries.new_empty(len(queries), 0, dtype=torch.float32)  # to (M, k): the nearest
+    voter = labels.new_empty(len(queries), 0)  # their labels
+    rows = max(1, 2**25 // bank.shape[1])  # 128 MiB of the bank at a time, and of similarities
+    for part, part_labels in zip(bank.split(rows), bank_labels.split(rows)):
+        part = F.normalize(part.float(), dim=1).T  # (D, n)
+        near = [(F.normalize(query.float(), dim=1) @ part).topk(min(k, len(part_labels)), dim=1)
+                for query in queries.split(max(1, 2**25 // len(part_labels)))]
+        values, indices = map(torch.cat, zip(*near))
+        cosine, order = torch.cat([cosine, values], 1).sort(dim=1, descending=True, stable=True)
+        voter = torch.cat([voter, part_labels[indices]], 1).gather(1, order)[:, :k]
+        cosine = cosine[:, :k]
+    vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
+    votes = vote.new_zeros(len(queries), num_classes).scatter_add_(1, voter, vote)
+    return 100 * (votes.argmax(1) == labels).sum().item() / len(queries)
 
 
-# =================== 6. Pictures ===================
+# =================== 5. Pictures ===================
 def frame(images, colors):
     """Enlarge images (N, 3, H, W) uint8 to 64 pixels or more and frame them in colors (N, 3)."""
-    scale = math.ceil(64 / images.shape[3])
-    big = F.pad((images / 255).repeat_interleave(scale, 2).repeat_interleave(scale, 3), (3,) * 4)
-    edge = F.pad(torch.zeros(big.shape[2] - 6, big.shape[3] - 6), (3,) * 4, value=1.0)
-    return torch.lerp(big, colors[:, :, None, None].expand_as(big), edge)
+    big = F.interpolate(images / 255, scale_factor=math.ceil(64 / images.shape[3]))
+    framed = colors[:, :, None, None].repeat(1, 1, big.shape[2] + 6, big.shape[3] + 6)
+    framed[:, :, 3:-3, 3:-3] = big
+    return framed
 
 
 def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, labels):
@@ -335,14 +283,14 @@ def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, label
     """
     rows, green, red, grey = [], *torch.tensor([[0.1, 0.7, 0.2], [0.9, 0.1, 0.1], [0.6, 0.6, 0.6]])
     for i in torch.linspace(0, len(queries) - 1, min(10, len(queries))).long().tolist():
-        cosine = F.normalize(bank, dim=1) @ F.normalize(queries[i], dim=0)
+        cosine = bank @ queries[i] / bank.norm(dim=1).clamp(min=1e-12)
         if images is bank_images:
             cosine[i] = -math.inf  # not its own neighbour
         near = cosine.topk(min(10, len(bank))).indices.cpu()
         colors = [grey] * len(near) if labels is None else [
             green if label == labels[i] else red for label in bank_labels[near]]
-        shown = torch.cat([images[i:i + 1].cpu(), bank_images[near].cpu()])
-        rows.append(frame(shown, torch.stack([torch.ones(3), *colors])))
+        cells = torch.cat([images[i:i + 1].cpu(), bank_images[near].cpu()])
+        rows.append(frame(cells, torch.stack([torch.ones(3), *colors])))
     save_image(torch.cat(rows), path, nrow=len(rows[0]), pad_value=1.0)
 
 
@@ -353,28 +301,36 @@ def draw_map(path, queries, images, labels, side=30):
     neighbours stay neighbours, and none hides another. A frame's colour is a class.
     """
     side = min(side, math.isqrt(len(queries)))
-    some = torch.linspace(0, len(queries) - 1, side**2).long()
-    queries, images, labels = (x if x is None else x[some].cpu() for x in (queries, images, labels))
+    chosen = torch.linspace(0, len(queries) - 1, side**2).long()
+    queries, images, labels = (x if x is None else x[chosen].cpu()
+                               for x in (queries, images, labels))
     x = F.normalize(queries.double(), dim=1)
     x = x - x.mean(0)
     plane = x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:].flip(1)  # (n, 2)
     columns = plane[:, 0].argsort().view(side, side)
     grid = torch.stack([column[plane[column, 1].argsort()] for column in columns], 1).flatten()
-    colors = torch.ones(len(some), 3)
+    colors = torch.ones(len(chosen), 3)
     if labels is not None:
         hue = labels[:, None] / (labels.max() + 1) - torch.tensor([0, 1 / 3, 2 / 3])
         colors = 0.5 + 0.5 * torch.cos(2 * math.pi * hue)
     save_image(frame(images, colors)[grid], path, nrow=side, pad_value=1.0)
 
 
-# =================== 7. Training ===================
+def write_projector(out, queries, images, labels, classes):
+    """TensorBoard's embedding projector of the test images, or of as many as its sprite holds."""
+    from torch.utils.tensorboard import SummaryWriter
+    most = min(len(queries), (8192 // images.shape[3]) ** 2)  # a sprite has 8192 pixels a side
+    chosen = torch.linspace(0, len(queries) - 1, most).long()  # of all classes
+    names = None if labels is None else [classes[i] for i in labels[chosen].tolist()]
+    with SummaryWriter(str(out)) as writer:
+        writer.add_embedding(queries[chosen].cpu(), names, images[chosen].cpu() / 255)
+
+
+# =================== 6. Training ===================
 def commit():
     """The commit of these files, "-dirty" if they were changed since, None outside a checkout."""
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git here
-        return None
+    return subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
+                          capture_output=True, text=True).stdout.strip() or None
 
 
 def fit(head, bank, labels, iterations):
@@ -412,6 +368,8 @@ def train(network, head, keep, data, args, recipe, autocast):
     # Few labels: at least 16 steps an epoch, or 1 % of CIFAR-10 would be two.
     batch = min(args.batch_size, max(8, len(keep) // 16), len(keep))
     steps, frozen = len(keep) // batch, args.mode == "linear"
+    crop_and_flip = transforms.Compose([  # scale 0.08 to 1, ratio 3/4 to 4/3 [SimCLR App. B.5]
+        transforms.RandomResizedCrop(data.train_images.shape[3]), transforms.RandomHorizontalFlip()])
     network.requires_grad_(not frozen)
     parameters = [*head.parameters(), *(() if frozen else network.parameters())]
     optimizer = torch.optim.SGD(parameters, lr * batch / 256, 0.9,  # linear scaling, 1706.02677
@@ -425,9 +383,9 @@ def train(network, head, keep, data, args, recipe, autocast):
         for x, y in zip(batches(data.train_images, order, batch, data.mean.device, args.workers),
                         data.train_labels[order].split(batch)):
             optimizer.zero_grad()
-            x = random_resized_crop(x.float() / 255, x.shape[3], (0.08, 1.0))  # [SimCLR App. B.5]
+            x = torch.stack([crop_and_flip(image) for image in x / 255])
             with torch.set_grad_enabled(not frozen), autocast():
-                x = network(normalize(random_flip(x), data.mean, data.std))
+                x = network(normalize(x, data.mean, data.std))
             loss = F.cross_entropy(head(x.float()), y)
             loss.backward()
             optimizer.step()
@@ -473,26 +431,28 @@ def judge(args):
     start = time.perf_counter()
     device = torch.device(next(kind for kind in ("cuda", "mps", "cpu") if args.device in
                                (kind, "auto") and getattr(torch, kind).is_available()))
-    precision = args.precision.replace("auto", "bf16" if device.type == "cuda" else "fp32")
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, precision == "bf16")
+    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
     out = Path(args.out or Path(args.checkpoint).parent)
     torch.manual_seed(args.seed)
     try:
         weights, saved = read_weights(args.checkpoint, args.prefix)
-        theirs = {**FOREIGN, **saved.get("args", {})}
-        arch, width = args.arch or theirs["arch"], args.width or theirs["width"]
+        pretrain = {**DEFAULTS, **saved.get("args", {})}
+        arch, width = args.arch or pretrain["arch"], args.width or pretrain["width"]
         small = weights["conv1.weight"].shape[-1:] == (3,)  # a CIFAR stem
         stem = args.stem or ("cifar" if small else "imagenet")
         f = load_backbone(weights, arch, width, stem)
         if args.mode == "scratch":
             f = resnet(arch, width, stem)
         network = nn.Sequential(f, *load_head(saved, args.head_layers))
-        large = theirs["dataset"] == "folder" if saved else not small
-        size = args.image_size or theirs["image_size"] or (224 if large else 32)
-        name = args.dataset or theirs["dataset"]
-        place = theirs if name == theirs["dataset"] and not args.data_dir else FOREIGN
-        data = load_dataset(name, args.data_dir or place["data_dir"], size,
-                            args.cache_dir or place["cache_dir"])
+        network = network.to(device, memory_format=torch.channels_last)
+        large = pretrain["dataset"] == "folder" if saved else not small
+        size = args.image_size or pretrain["image_size"] or (224 if large else 32)
+        name = args.dataset or pretrain["dataset"]
+        same = name == pretrain["dataset"] and not args.data_dir
+        data = load_dataset(name, args.data_dir or (pretrain if same else DEFAULTS)["data_dir"],
+                            size, args.cache_dir or (pretrain["cache_dir"] if same else None),
+                            device)
         if data.train_labels is None and args.mode != "linear":
             raise ValueError(f"--mode {args.mode} needs labels: train/ and test/ or val/, with a "
                              "folder a class")
@@ -501,32 +461,24 @@ def judge(args):
         fail(problem)
     mean, std = (torch.as_tensor(x, device=device) for x in (
         args.mean or saved.get("mean", IMAGENET[0]), args.std or saved.get("std", IMAGENET[1])))
-    on_device = [None if x is None else resident(x, device) for x in data[:4]]
-    data = data._make([*on_device, data.classes, mean, std])
-    network = network.to(device, memory_format=torch.channels_last)
-    encode = partial(features, network, mean=mean, std=std, batch_size=args.batch_size,
-                     autocast=autocast)
-    bank = encode(data.train_images)
-    shown = (bank, data.train_images, None)  # a folder without splits
+    data = data._replace(mean=mean, std=std)
+    bank = features(network, data.train_images, mean, std, args.batch_size, autocast)
+    queries, images, labels = bank, data.train_images, None  # a folder without splits
     if data.test_labels is not None:
-        shown = (encode(data.test_images), data.test_images, data.test_labels)
-    if not all(x.isfinite().all() for x in (bank, shown[0])):
+        images, labels = data.test_images, data.test_labels
+        queries = features(network, images, mean, std, args.batch_size, autocast)
+    if not (bank.isfinite().all() and queries.isfinite().all()):
         fail("the features are not finite: broken weights, or try --precision fp32", status=1)
     try:
         if args.neighbours:
-            draw_neighbours(args.neighbours, bank, data.train_images, data.train_labels, *shown)
+            draw_neighbours(args.neighbours, bank, data.train_images, data.train_labels, queries,
+                            images, labels)
         if args.map:
-            draw_map(args.map, *shown)
+            draw_map(args.map, queries, images, labels)
     except (OSError, ValueError) as problem:
         fail(problem)
     if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        most = min(len(shown[0]), (8192 // size) ** 2)  # a sprite's side is 8192 pixels at most
-        some = torch.linspace(0, len(shown[0]) - 1, most).long()  # of all classes
-        vectors, pictures, labels = (None if x is None else x[some].cpu() for x in shown)
-        names = None if labels is None else [data.classes[i] for i in labels]
-        with SummaryWriter(str(out)) as writer:
-            writer.add_embedding(vectors, names, pictures / 255)
+        write_projector(out, queries, images, labels, data.classes)
 
     results, keep = {}, ()
     if data.train_labels is None:
@@ -534,23 +486,24 @@ def judge(args):
     else:
         keep = few_labels(data.train_labels.cpu(), args.label_fraction, args.seed)
         kept = bank if args.label_fraction == 1 else bank[keep]
-        table = {f"knn{k}": knn_accuracy(kept, data.train_labels[keep], shown[0], shown[2],
+        table = {f"knn{k}": knn_accuracy(kept, data.train_labels[keep], queries, labels,
                                          len(data.classes), k, args.knn_tau) for k in args.knn}
-        results = {**classify(network, kept, shown[0], keep, data, args, autocast), **table}
+        results = {**classify(network, kept, queries, keep, data, args, autocast), **table}
         print(" ".join(f"{key}={value:.2f}" for key, value in results.items()),
               f"tau={args.knn_tau:g}", flush=True)
-    parts = {Path(args.checkpoint).stem: not saved, args.mode: True, "augment": args.augment,
-             name: name != theirs["dataset"], f"{args.label_fraction:g}": args.label_fraction < 1,
-             f"head{args.head_layers}": args.head_layers > 0, f"seed{args.seed}": args.seed > 0}
+    parts = ((Path(args.checkpoint).stem, not saved), (args.mode, True), ("augment", args.augment),
+             (name, name != pretrain["dataset"]),
+             (f"{args.label_fraction:g}", args.label_fraction < 1),
+             (f"head{args.head_layers}", args.head_layers > 0), (f"seed{args.seed}", args.seed > 0))
     try:
-        told = "_".join(part for part, differs in parts.items() if differs)
-        (out / f"eval_{told}.json").write_text(json.dumps({
+        file_name = "_".join(["eval", *(part for part, differs in parts if differs)])
+        (out / f"{file_name}.json").write_text(json.dumps({
             **results, "args": vars(args), "method": saved.get("method"),
             "epoch": saved.get("epoch"), "images": len(data.train_images), "labels": len(keep),
             "test_images": len(data.test_images), "features": bank.shape[1],
             "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-            "precision": precision, "torch": torch.__version__, "commit": commit(),
-            "seconds": time.perf_counter() - start}) + "\n")
+            "precision": "bf16" if bf16 else "fp32", "torch": torch.__version__,
+            "commit": commit(), "seconds": time.perf_counter() - start}) + "\n")
         if args.export:
             torch.save({key: x.cpu() for key, x in f.state_dict().items()}, args.export)
     except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
@@ -563,8 +516,6 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         return judge(args)
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: try --batch-size {args.batch_size // 2}", status=1)
     except KeyboardInterrupt:
         fail("stopped: nothing is saved", status=130)
 

@@ -238,10 +238,10 @@ def test_weights_that_do_not_fit_are_refused_and_listed(resnet18, run, tmp_path,
         torch.save(weights, tmp_path / "w.pth")
         return [str(tmp_path / "w.pth"), "--dataset", "shapes", *more]
     lacking = {key: x for key, x in resnet18.items() if key != "layer3.0.conv2.weight"}
-    refused(capsys, linear_eval, with_weights(lacking), "missing: layer3.0.conv2.weight")
-    refused(capsys, linear_eval, with_weights({**resnet18, "layer5.w": torch.zeros(1)}), "unexpected: layer5.w")
-    refused(capsys, linear_eval, with_weights(resnet18, "--width", "2"), "another shape: conv1.weight is (64, 3, 7, 7)")
-    refused(capsys, linear_eval, with_weights(resnet18, "--arch", "resnet50"), "missing: layer1.0.conv3.weight")
+    refused(capsys, linear_eval, with_weights(lacking), 'Missing key(s) in state_dict: "layer3.0.conv2.weight"')
+    refused(capsys, linear_eval, with_weights({**resnet18, "layer5.w": torch.zeros(1)}), 'Unexpected key(s) in state_dict: "layer5.w"')
+    refused(capsys, linear_eval, with_weights(resnet18, "--width", "2"), "size mismatch for conv1.weight")
+    refused(capsys, linear_eval, with_weights(resnet18, "--arch", "resnet50"), 'Missing key(s) in state_dict: "layer1.0.conv3.weight"')
     refused(capsys, linear_eval, with_weights(resnet18, "--stem", "cifar"), "conv1.weight")
     refused(capsys, linear_eval, with_weights({"module.encoder_q." + key: x for key, x in resnet18.items()}), "module.encoder_q.conv1.weight", "--prefix")
     refused(capsys, linear_eval, with_weights(resnet18, "--prefix", "module."), "no weights module.conv1.weight")
@@ -250,7 +250,7 @@ def test_weights_that_do_not_fit_are_refused_and_listed(resnet18, run, tmp_path,
     refused(capsys, linear_eval, with_weights(torch.zeros(3)), "no state dict")
     refused(capsys, linear_eval, with_weights({0: torch.zeros(3)}), "no state dict")
     refused(capsys, linear_eval, with_weights({"backbone": resnet18, "model": 3, "args": {}}), "no state dict")
-    refused(capsys, linear_eval, with_weights({"conv1.weight": torch.zeros(())}), "missing: bn1.weight", "more")
+    refused(capsys, linear_eval, with_weights({"conv1.weight": torch.zeros(())}), 'Missing key(s) in state_dict: "bn1.weight"', "...")
     refused(capsys, linear_eval, with_weights(resnet18, "--head-layers", "1"), "0 layers")
     (tmp_path / "text.pth").write_text("not weights")
     refused(capsys, linear_eval, [str(tmp_path / "text.pth")], "is not a file of weights")
@@ -356,13 +356,11 @@ def test_pictures_of_a_run_and_of_unlabelled_images(run, folder, tmp_path, capsy
         refused(capsys, linear_eval, [run(), "--data-dir", str(folder / "train"), "--mode", mode], "needs labels")
 
 
-def test_broken_weights_and_scarce_memory_end_in_one_line(run, tmp_path, capsys, monkeypatch):
+def test_broken_weights_and_a_stop_end_in_one_line(run, tmp_path, capsys, monkeypatch):
     saved = torch.load(run(), weights_only=True)
     saved["backbone"]["conv1.weight"].fill_(math.nan)
     torch.save(saved, tmp_path / "checkpoint.pt")
     refused(capsys, linear_eval, [str(tmp_path / "checkpoint.pt"), "--device", "cpu"], "not finite", status=1)
-    monkeypatch.setattr(linear_eval, "features", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("a\nb")))
-    refused(capsys, linear_eval, [run(), "--device", "cpu"], "out of GPU memory", "--batch-size 128", status=1)
     monkeypatch.setattr(linear_eval, "features", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
     refused(capsys, linear_eval, [run(), "--device", "cpu"], "stopped", status=130)
 
@@ -390,7 +388,5 @@ def test_what_it_shares_with_the_scripts_is_equal():
     theirs, ours = ({node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body
                      if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
                     for text in ((ROOT / f"{name}.py").read_text() for name in ("simsiam", "linear_eval")))
-    both = theirs.keys() & ours.keys() - {"parse_args", "train", "main"}
-    assert both == {"fail", "Parser", "Help", "number", "crop_resize", "random_resized_crop", "random_flip", "features",
-                    "knn_accuracy", "commit"}
-    assert all(theirs[name] == ours[name] for name in both)
+    both = {"fail", "Parser", "Help", "number", "knn_accuracy"}
+    assert both <= theirs.keys() & ours.keys() and all(theirs[name] == ours[name] for name in both)
