@@ -1,24 +1,21 @@
-"""Judge a backbone: linear, fine-tuned or from scratch, all or few labels, kNN, pictures, export.
+"""Judge a backbone: linear, fine-tuned or from scratch, few labels, kNN, pictures, export.
 
     python linear_eval.py runs/simclr/checkpoint.pt
     python linear_eval.py resnet50.pth --arch resnet50 --dataset folder --data-dir imagenet100
 
---mode linear    a linear classifier on the frozen backbone: evaluation mode, no gradient, so that
-                 its weights and batch norm buffers keep every bit. Features of an image are
-                 computed once and the classifier fitted by L-BFGS, which has no rates to tune;
-                 --augment trains it by SGD on random crops and flips instead.
+--mode linear    a linear classifier on the frozen backbone, which keeps every bit: fitted by
+                 L-BFGS on features computed once, or with --augment by SGD on random crops.
 --mode finetune  backbone and classifier are trained together, from the checkpoint.
 --mode scratch   the same network from random weights: the supervised baseline.
 
-Accuracies are percent of the whole test set after the last epoch; nothing is chosen by them. The
-kNN table is of the backbone before any training here; --label-fraction hides labels from it too.
-
-CHECKPOINT is one of the four scripts', or any file of weights in torchvision's names: a plain
-state dict or {"state_dict": ...}, with --prefix cut off; what is under fc. is a head and left out.
+Accuracies are percent of the whole test set after the last epoch, `balanced` the mean over its
+classes; nothing is chosen by them. The kNN table is of the backbone before any training here.
+CHECKPOINT is one of the four scripts', or any file with a ResNet's weights in torchvision's
+names or numbered, as a Sequential has them. What no ResNet has, such as a head, is left out.
 
 Differences from the papers:
-- The classifier has a batch norm without affine in front, as in MAE (He et al. 2111.06377, App. A):
-  features differ by orders of magnitude between methods, and one setting must fit all.
+- A batch norm without affine stands before the classifier, as in MAE (2111.06377, App. A):
+  features differ by orders of magnitude between methods.
 """
 
 # =================== 1. Imports ===================
@@ -27,9 +24,11 @@ import importlib.util
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
-import textwrap
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -45,11 +44,12 @@ from common import ARCHS, DATASETS, batches, load_dataset, normalize, resnet
 RECIPES = {  # epochs, learning rate at batch 256, weight decay
     "linear": (1000, None, None),  # iterations at most [ours, measured: SimSiam needed 800]
     "augment": (100, 0.1, 0.0),  # linear with --augment [ours; 100 as in the MoCo CIFAR demo]
-    "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5, which takes 60 epochs for 1 % of the labels]
-    "scratch": (100, 0.1, 5e-4)}  # [ours; He et al. 1512.03385 Sec. 4.2 took 0.2 by this measure]
+    "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5, which has 60 epochs for 1 % of labels]
+    "scratch": (100, 0.1, 5e-4)}  # [ours; He et al. 1512.03385 Sec. 4.2 had 0.2 by this measure]
 DEFAULTS = {"dataset": "cifar10", "data_dir": "data", "cache_dir": None, "image_size": None,
-            "arch": "resnet18", "width": 1.0}  # where weights come without the arguments of their run
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of torchvision's weights
+            "arch": "resnet18", "width": 1.0}  # for weights that come without arguments
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std of torchvision's weights
+RESNET = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # all it has, in order
 
 
 # =================== 2. Options ===================
@@ -86,104 +86,111 @@ def number(kind, low, high):
 
 
 def parse_args(argv=None):
-    """Read the flags; make all checks that need no file; end wrong ones in one line, status 2."""
-    parser = Parser(description=__doc__.split("\n")[0], usage="%(prog)s CHECKPOINT [flags]",
-                    formatter_class=Help, allow_abbrev=False)
+    """Read the flags; make all checks that need no file; end wrong ones in one line."""
+    parser = Parser(description="Judge a backbone on images.", formatter_class=Help,
+                    usage="%(prog)s CHECKPOINT [flags]", allow_abbrev=False)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="ours, or foreign weights")
+    count, rate = number(int, 1, 10**6), number(float, 1e-8, 1e3)
     add = parser.add_argument_group("judge").add_argument
-    add("--mode", choices=("linear", "finetune", "scratch"), default="linear",
-        help="what is trained")
-    add("--epochs", type=number(int, 1, 10**6),
-        help="(default: 1000 iterations of L-BFGS; --augment and scratch 100, finetune 30)")
-    add("--lr", type=number(float, 1e-8, 1e3),
-        help="at batch 256, scaled linearly with the batch (default: 0.1, finetune 0.05)")
+    add("--mode", choices=("linear", "finetune", "scratch"), default="linear")
+    add("--epochs", type=count, help="(default: finetune 30, else 100; of L-BFGS 1000)")
+    add("--lr", type=rate, help="at batch 256, grows with it (default: 0.1, finetune 0.05)")
     add("--weight-decay", type=number(float, 0, 1), help="(default: 0, scratch 5e-4)")
-    add("--augment", action="store_true",
-        help="random crops and flips in linear mode; the other modes always have them")
-    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0,
-        help="share of each class that keeps its labels, at least one image")
+    add("--augment", action="store_true", help="random crops and flips in linear mode too")
+    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0, help="of each class")
     add("--head-layers", type=number(int, 0, 10), default=0,
         help="layers of the projector to keep [SimCLR v2 Sec. 2]")
-    add("--knn", type=number(int, 1, 10**6), nargs="*", default=[1, 5, 20, 200], metavar="K",
-        help="neighbours, a kNN accuracy each; without a K no kNN")
-    add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
-        help="temperature of a neighbour's vote [MoCo CIFAR demo]")
+    add("--knn", type=count, nargs="*", default=[1, 5, 20, 200], help="numbers of neighbours")
+    add("--knn-tau", type=rate, default=0.1, help="of a neighbour's vote [MoCo CIFAR demo]")
     add = parser.add_argument_group("data, if not the checkpoint's").add_argument
-    add("--dataset", choices=DATASETS, help="may be another than in pre-training: transfer")
+    add("--dataset", choices=DATASETS, help="another than in pre-training: transfer")
     add("--data-dir", help="where it lies or is downloaded to")
-    add("--cache-dir", help="where a folder's decoded images are kept (default: in --data-dir)")
+    add("--cache-dir", help="of a folder's decoded images (default: in --data-dir)")
     add("--image-size", type=number(int, 8, 4096), help="pixels")
-    add("--mean", type=number(float, -10, 10), nargs=3, metavar=("R", "G", "B"),
-        help="of the pixels in [0, 1] (default: the checkpoint's; for foreign weights ImageNet's)")
-    add("--std", type=number(float, 1e-6, 10), nargs=3, metavar=("R", "G", "B"), help="likewise")
-    add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
-        help="threads that gather training images that do not fit on the device")
+    add("--mean", type=number(float, -10, 10), nargs=3, help="of the pixels in [0, 1]")
+    add("--std", type=number(float, 1e-6, 10), nargs=3, help="likewise")
+    add("--workers", type=count, default=min(8, os.cpu_count() or 1),
+        help="threads that gather images that do not fit on the device")
     add = parser.add_argument_group("network, if not the checkpoint's").add_argument
     add("--arch", choices=ARCHS, help="backbone (default for foreign weights: resnet18)")
     add("--width", type=number(float, 0.25, 16), help="times every channel count")
     add("--stem", choices=("cifar", "imagenet"), help="(default: by the size of conv1)")
-    add("--prefix", metavar="NAME", help="of the backbone in foreign weights: module.encoder_q.")
+    add("--prefix", default="", help="of one backbone among several: module.encoder_q.")
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=number(int, 2, 10**6), default=256, help="images a step")
     add("--seed", type=number(int, 0, 10**9), default=0, help="of all random numbers")
-    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="auto: the best")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="auto: bf16 on CUDA, else fp32; there fp32 has convolutions in TF32")
+    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="bf16 on CUDA")
     add = parser.add_argument_group("output").add_argument
     add("--out", help="folder of the results in JSON (default: the checkpoint's)")
     add("--neighbours", metavar="PNG", help="draw ten images and the ten nearest to each")
-    add("--map", metavar="PNG", help="draw the images in the plane of their principal components")
-    add("--export", metavar="PTH", help="write the backbone alone, in torchvision's names")
-    add("--tensorboard", action="store_true", help="write the embedding projector's files to --out")
+    add("--map", metavar="PNG", help="draw the images in the plane of main components")
+    add("--export", metavar="PTH", help="write the backbone, in torchvision's names")
+    add("--tensorboard", action="store_true", help="write an embedding projector to --out")
     args = parser.parse_args(argv)
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         fail(f"--device {args.device}: this machine has none; use --device auto or cpu")
-    for path in filter(None, (args.neighbours, args.map, args.export)):
-        if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
-            fail(f"cannot write {path}: it is a folder, or its folder does not exist")
     for path in filter(None, (args.neighbours, args.map)):
         if Path(path).suffix not in (".png", ".jpg"):
             fail(f"cannot draw {path}: a picture's name ends in .png or .jpg")
-    if args.mode == "linear" and not args.augment and (args.lr or args.weight_decay) is not None:
-        fail("--lr and --weight-decay are for --augment, finetune and scratch: L-BFGS has neither")
+    lbfgs = args.mode == "linear" and not args.augment
+    if lbfgs and (args.lr or args.weight_decay) is not None:
+        fail("--lr and --weight-decay are not for L-BFGS: add --augment, or another --mode")
     if args.mode == "scratch" and args.head_layers:
         fail("--head-layers keeps what --mode scratch throws away")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         fail("--tensorboard needs a package: pip install tensorboard")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         fail("this script runs in one process: start it with python, not with torchrun")
     return args
 
 
 # =================== 3. Backbone ===================
-def read_weights(path, prefix=None):
+def read_weights(path, prefix=""):
     """Read a checkpoint as (backbone's state dict, all of ours or {} for foreign weights).
 
-    prefix: what the backbone's names begin with in foreign weights; names without it are left out
-    Raises ValueError, in one line, for a file that is not weights or that carries code.
+    prefix: what the backbone's name ends with, if foreign weights hold several
+    Raises OSError or ValueError, in one line, for other files; never runs a file's code.
     """
+    with open(path, "rb") as file:
+        start = file.read(10)
+    if start == b"version ht":
+        raise ValueError(f"{path} is a pointer of Git LFS: git lfs pull brings the file")
+    if start[8:] == b'{"':
+        raise ValueError(f"{path} is a safetensors file: read it with safetensors.torch."
+                         "load_file, write that with torch.save")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}") from None
     except Exception as problem:  # a damaged file raises whatever the unpickler meets
-        raise ValueError(f"{path} is not a file of weights ({type(problem).__name__})") from None
-    ours = (isinstance(saved, dict) and {"backbone", "model"} <= saved.keys()
-            and isinstance(saved.get("args"), dict))
-    weights = saved
-    if isinstance(saved, dict):
-        weights = saved["backbone"] if ours else saved.get("state_dict", saved)
-    for part in (weights, saved["model"]) if ours else (weights,):
-        if not isinstance(part, dict) or not all(
-                isinstance(key, str) and torch.is_tensor(x) for key, x in part.items()):
-            raise ValueError(f"{path} holds no state dict: expected names and tensors")
-    prefix = prefix or ""
-    kept = {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
-    if "conv1.weight" not in kept:
-        found = next((key for key in weights if key.endswith("conv1.weight")), None)
-        hint = f"there is {found}: the part before conv1 is the --prefix" if found else "no ResNet"
-        raise ValueError(f"{path} has no weights {prefix}conv1.weight: {hint}")
-    return {key: x for key, x in kept.items() if not key.startswith("fc.")}, saved if ours else {}
+        kind, cause = re.search(r"GLOBAL (\S+)", str(problem)), type(problem).__name__
+        if kind:
+            cause = (f"it holds a {kind[1]}: if you trust its maker, load it with weights_only="
+                     "False and torch.save its weights alone")
+        raise ValueError(f"{path} is not a file of weights ({cause})") from None
+    if isinstance(saved, dict) and all(
+            isinstance(saved.get(part), dict) for part in ("backbone", "model", "args")):
+        return saved["backbone"], saved
+    dicts = {f"{key}.": x for key, x in saved.items()} if isinstance(saved, dict) else {}
+    tensors = {f"{name}{key}": x for name, part in {"": saved, **dicts}.items()
+               if isinstance(part, dict) for key, x in part.items() if torch.is_tensor(x)}
+    found = [key.removesuffix(stem) for stem in ("conv1.weight", "0.weight")
+             for key, x in tensors.items() if f".{key}".endswith(f".{stem}")
+             and x.ndim == 4 and x.shape[1] == 3]  # on colours: a network's first convolution
+    chosen = [prefix] if prefix in found else [
+        name for name in found if f".{name}".endswith(f".{prefix}")]
+    if len(chosen) != 1:
+        raise ValueError(f"{path} holds {len(found)} ResNets, {len(chosen)} of --prefix "
+                         f"{prefix!r}, which names one: {' '.join(found[:8]) or 'no ResNet'}")
+    tensors = {key.removeprefix(chosen[0]): x for key, x in tensors.items()
+               if key.startswith(chosen[0])}
+    modules = dict.fromkeys(key.split(".")[0] for key in tensors)  # to ResNet's own names
+    modules.update(zip(sorted(filter(str.isdigit, modules), key=int), RESNET))
+    modules.update(zip(RESNET, RESNET))
+    others = [name for name in modules if modules[name] is None and name != "fc"]
+    if others:
+        print(f"left out, as no ResNet has it: {', '.join(others)}", file=sys.stderr)
+    split = ((*key.partition("."), x) for key, x in tensors.items())
+    return {modules[name] + dot + rest: x for name, dot, rest, x in split if modules[name]}, {}
 
 
 def load_backbone(weights, arch, width, stem):
@@ -192,31 +199,29 @@ def load_backbone(weights, arch, width, stem):
     try:
         f.load_state_dict(weights)
     except RuntimeError as problem:
-        differences = textwrap.shorten(str(problem), 600, placeholder=" ...")
-        raise ValueError(f"the weights are not a {arch} of width {width:g} with the {stem} stem "
-                         f"(--arch, --width, --stem): {differences}") from None
+        raise ValueError(f"not the weights of a {arch} of width {width:g} with the {stem} stem "
+                         f"(--arch, --width, --stem): {str(problem)[:600]}") from None
     return f
 
 
 def load_head(saved, count):
     """The first `count` linear layers of a checkpoint's projector, each with what follows it."""
     weights = {key[2:]: x for key, x in saved.get("model", {}).items() if key.startswith("g.")}
-    layers, linear = [], 0
-    for i in range(1 + max((int(key.split(".")[0]) for key in weights), default=-1)):
-        mine = {key.split(".")[1]: x for key, x in weights.items() if key.startswith(f"{i}.")}
-        linear += mine.get("weight", torch.empty(0)).ndim == 2
-        if linear > count:
-            break
+    linear = [int(key.split(".")[0]) for key, x in weights.items() if x.ndim == 2]
+    if len(linear) < count:
+        raise ValueError(f"--head-layers {count}: the projector has {len(linear)} layers")
+    layers = nn.Sequential()
+    while count and len(layers) < [*linear, 1 + int([*weights][-1].split(".")[0])][count]:
+        start = f"{len(layers)}."
+        mine = {key.removeprefix(start): x for key, x in weights.items() if key.startswith(start)}
+        layer = nn.ReLU()  # has no parameters
         if "running_mean" in mine:
-            layers.append(nn.BatchNorm1d(len(mine["running_mean"]), affine="weight" in mine))
+            layer = nn.BatchNorm1d(len(mine["running_mean"]), affine="weight" in mine)
         elif mine:
-            layers.append(nn.Linear(*mine["weight"].T.shape, bias="bias" in mine))
-        else:
-            layers.append(nn.ReLU())  # has no parameters
-        layers[-1].load_state_dict(mine)
-    if linear < count:
-        raise ValueError(f"--head-layers {count}: the checkpoint's projector has {linear} layers")
-    return nn.Sequential(*layers)
+            layer = nn.Linear(*mine["weight"].T.shape, bias="bias" in mine)
+        layer.load_state_dict(mine)
+        layers.append(layer)
+    return layers
 
 
 def few_labels(labels, fraction, seed):
@@ -232,13 +237,13 @@ def few_labels(labels, fraction, seed):
 # =================== 4. Features and kNN ===================
 @torch.no_grad()
 def features(f, images, mean, std, batch_size, autocast):
-    """The frozen backbone's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32."""
+    """The frozen network's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32."""
     f.eval()
     out, done = None, 0  # not a list to join: that would hold all of them twice
     for x in batches(images, torch.arange(len(images)), batch_size, mean.device):
         with autocast():
-            x = f(normalize(x, mean, std))
-        out = x.new_empty(len(images), x.shape[1], dtype=torch.float32) if out is None else out
+            x = f(normalize(x, mean, std)).float()
+        out = x.new_empty(len(images), x.shape[1]) if out is None else out
         out[done:done + len(x)] = x
         done += len(x)
     return out
@@ -250,25 +255,21 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
     Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
     """
-    cosine = queries.new_empty(len(queries), 0, dtype=torch.float32)  # to (M, k): the nearest
-    voter = labels.new_empty(len(queries), 0)  # their labels
-    rows = max(1, 2**25 // bank.shape[1])  # 128 MiB of the bank at a time, and of similarities
-    for part, part_labels in zip(bank.split(rows), bank_labels.split(rows)):
-        part = F.normalize(part.float(), dim=1).T  # (D, n)
-        near = [(F.normalize(query.float(), dim=1) @ part).topk(min(k, len(part_labels)), dim=1)
-                for query in queries.split(max(1, 2**25 // len(part_labels)))]
-        values, indices = map(torch.cat, zip(*near))
-        cosine, order = torch.cat([cosine, values], 1).sort(dim=1, descending=True, stable=True)
-        voter = torch.cat([voter, part_labels[indices]], 1).gather(1, order)[:, :k]
-        cosine = cosine[:, :k]
-    vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
-    votes = vote.new_zeros(len(queries), num_classes).scatter_add_(1, voter, vote)
-    return 100 * (votes.argmax(1) == labels).sum().item() / len(queries)
+    right, k, chunk = 0, min(k, len(bank)), max(1, 2**25 // len(bank))  # 128 MiB of cosines
+    for query, label in zip(queries.split(chunk), labels.split(chunk)):
+        query = F.normalize(query.float(), dim=1)
+        parts = [query @ F.normalize(part.float(), dim=1).T for part in bank.split(2**16)]
+        cosine, index = torch.cat(parts, 1).topk(k, dim=1)  # (chunk, k)
+        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no underflow
+        votes = vote.new_zeros(len(query), num_classes)
+        votes.scatter_add_(1, bank_labels[index], vote)
+        right = right + (votes.argmax(1) == label).sum()
+    return 100 * right.item() / len(queries)
 
 
 # =================== 5. Pictures ===================
 def frame(images, colors):
-    """Enlarge images (N, 3, H, W) uint8 to 64 pixels or more and frame them in colors (N, 3)."""
+    """Enlarge images (N, 3, H, W) uint8 to 64 pixels or more, frame them in colors (N, 3)."""
     big = F.interpolate(images / 255, scale_factor=math.ceil(64 / images.shape[3]))
     framed = colors[:, :, None, None].repeat(1, 1, big.shape[2] + 6, big.shape[3] + 6)
     framed[:, :, 3:-3, 3:-3] = big
@@ -276,33 +277,32 @@ def frame(images, colors):
 
 
 def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, labels):
-    """Ten rows, spread over the set: an image, then its ten nearest of the bank, nearest first.
+    """Ten rows: an image, then its ten nearest of the bank, green if of its class, else red.
 
-    A neighbour's frame is green for the query's class, red for another, grey without labels.
-    queries: (M, D) features of images (M, 3, H, W); the bank's images if images is bank_images
+    queries: (M, D) features of images (M, 3, H, W); the bank's if images is bank_images
     """
-    rows, green, red, grey = [], *torch.tensor([[0.1, 0.7, 0.2], [0.9, 0.1, 0.1], [0.6, 0.6, 0.6]])
+    palette = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.7, 0.2], [0.6, 0.6, 0.6]])
+    rows, length = [], bank.norm(dim=1).clamp(min=1e-12)
     for i in torch.linspace(0, len(queries) - 1, min(10, len(queries))).long().tolist():
-        cosine = bank @ queries[i] / bank.norm(dim=1).clamp(min=1e-12)
+        cosine = bank @ queries[i] / length
         if images is bank_images:
             cosine[i] = -math.inf  # not its own neighbour
-        near = cosine.topk(min(10, len(bank))).indices.cpu()
-        colors = [grey] * len(near) if labels is None else [
-            green if label == labels[i] else red for label in bank_labels[near]]
-        cells = torch.cat([images[i:i + 1].cpu(), bank_images[near].cpu()])
-        rows.append(frame(cells, torch.stack([torch.ones(3), *colors])))
+        near = cosine.topk(min(10, len(bank))).indices
+        kinds = torch.full((len(near),), 2)
+        if labels is not None:
+            kinds = (bank_labels[near] == labels[i]).long().cpu()
+        cells = torch.cat([images[i:i + 1].cpu(), bank_images[near.to(bank_images.device)].cpu()])
+        rows.append(frame(cells, torch.cat([torch.ones(1, 3), palette[kinds]])))
     save_image(torch.cat(rows), path, nrow=len(rows[0]), pad_value=1.0)
 
 
 def draw_map(path, queries, images, labels, side=30):
-    """At most side x side images by their first two principal components, spread to a full grid.
-
-    The images are cut into columns along the first component, each column is sorted by the second:
-    neighbours stay neighbours, and none hides another. A frame's colour is a class.
+    """At most side x side images in a full grid, columns by the first principal component, each
+    sorted by the second: neighbours stay neighbours. A frame's colour is a class.
     """
     side = min(side, math.isqrt(len(queries)))
     chosen = torch.linspace(0, len(queries) - 1, side**2).long()
-    queries, images, labels = (x if x is None else x[chosen].cpu()
+    queries, images, labels = (x if x is None else x[chosen.to(x.device)].cpu()
                                for x in (queries, images, labels))
     x = F.normalize(queries.double(), dim=1)
     x = x - x.mean(0)
@@ -317,33 +317,41 @@ def draw_map(path, queries, images, labels, side=30):
 
 
 def write_projector(out, queries, images, labels, classes):
-    """TensorBoard's embedding projector of the test images, or of as many as its sprite holds."""
+    """TensorBoard's embedding projector, of as many test images as its sprite holds."""
     from torch.utils.tensorboard import SummaryWriter
-    most = min(len(queries), (8192 // images.shape[3]) ** 2)  # a sprite has 8192 pixels a side
+    most = min(len(queries), (8192 // images.shape[3]) ** 2)  # 8192 pixels a side
     chosen = torch.linspace(0, len(queries) - 1, most).long()  # of all classes
-    names = None if labels is None else [classes[i] for i in labels[chosen].tolist()]
+    names = None if labels is None else [classes[i] for i in labels.cpu()[chosen]]
     with SummaryWriter(str(out)) as writer:
-        writer.add_embedding(queries[chosen].cpu(), names, images[chosen].cpu() / 255)
+        writer.add_embedding(queries.cpu()[chosen], names, images.cpu()[chosen] / 255)
 
 
 # =================== 6. Training ===================
 def commit():
-    """The commit of these files, "-dirty" if they were changed since, None outside a checkout."""
-    return subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
-                          capture_output=True, text=True).stdout.strip() or None
+    """The commit of these files, "-dirty" if changed since, None outside a checkout."""
+    return subprocess.run("git describe --always --dirty", shell=True, capture_output=True,
+                          cwd=Path(__file__).parent, text=True).stdout.strip() or None
+
+
+def say(*words):
+    """Print a line; if it cannot be (`| head`, a full disk), go on without."""
+    try:
+        print(*words, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def fit(head, bank, labels, iterations):
-    """Logistic regression by L-BFGS with scikit-learn's default penalty: no learning rate to tune.
+    """Logistic regression by L-BFGS with scikit-learn's default penalty: no rate to tune.
 
-    head: batch norm without affine, whose statistics become the bank's, and linear layer
-    bank: (N, D) float32 features and their labels (N,), both on the device, summed over in parts
+    head: batch norm, whose statistics become the bank's (N, D), and linear layer
     """
     norm, linear = head.eval()
     var, norm.running_mean = bank.var(0, unbiased=False), bank.mean(0)
-    norm.eps, norm.running_var = 1e-30, var.clamp(min=1e-12 * var.max() + 1e-30)  # at any scale
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, max_eval=2 * iterations,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
+    norm.eps = 1e-30  # at any scale
+    norm.running_var = var.clamp(min=1e-12 * var.max() + 1e-30)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, tolerance_change=0,
+                                  max_eval=2 * iterations, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -356,20 +364,18 @@ def fit(head, bank, labels, iterations):
         return loss
 
     optimizer.step(closure)
-    print(f"loss={closure().item():.4g}", flush=True)
+    say(f"loss={closure().item():.4g}")
 
 
 def train(network, head, keep, data, args, recipe, autocast):
-    """SGD on random crops and flips: of the head, and in two modes of the network too.
-
-    keep: (n,) indices of the images whose labels may be used; recipe: one of RECIPES
-    """
+    """SGD on random crops and flips of images keep (n,): of the head, and in two modes of all."""
     epochs, lr, decay = recipe
     # Few labels: at least 16 steps an epoch, or 1 % of CIFAR-10 would be two.
     batch = min(args.batch_size, max(8, len(keep) // 16), len(keep))
     steps, frozen = len(keep) // batch, args.mode == "linear"
     crop_and_flip = transforms.Compose([  # scale 0.08 to 1, ratio 3/4 to 4/3 [SimCLR App. B.5]
-        transforms.RandomResizedCrop(data.train_images.shape[3]), transforms.RandomHorizontalFlip()])
+        transforms.RandomResizedCrop(data.train_images.shape[3]),
+        transforms.RandomHorizontalFlip()])
     network.requires_grad_(not frozen)
     parameters = [*head.parameters(), *(() if frozen else network.parameters())]
     optimizer = torch.optim.SGD(parameters, lr * batch / 256, 0.9,  # linear scaling, 1706.02677
@@ -378,10 +384,10 @@ def train(network, head, keep, data, args, recipe, autocast):
     for epoch in range(1, epochs + 1):
         torch.manual_seed(args.seed * 10**6 + epoch)
         order = keep[torch.randperm(len(keep))[:steps * batch]]
+        images = batches(data.train_images, order, batch, data.mean.device, args.workers)
         network.train(not frozen)
         total, start = 0, time.perf_counter()
-        for x, y in zip(batches(data.train_images, order, batch, data.mean.device, args.workers),
-                        data.train_labels[order].split(batch)):
+        for x, y in zip(images, data.train_labels[order].split(batch)):
             optimizer.zero_grad()
             x = torch.stack([crop_and_flip(image) for image in x / 255])
             with torch.set_grad_enabled(not frozen), autocast():
@@ -394,25 +400,23 @@ def train(network, head, keep, data, args, recipe, autocast):
         loss = total.item() / steps
         if not math.isfinite(loss):
             fail(f"the loss is {loss} at epoch {epoch}: try a lower --lr", status=1)
-        print(f"epoch={epoch} loss={loss:.4g} seconds={time.perf_counter() - start:.3g}",
-              flush=True)
+        say(f"epoch={epoch} loss={loss:.4g} seconds={time.perf_counter() - start:.3g}")
 
 
 def classify(network, bank, queries, keep, data, args, autocast):
-    """Train a classifier as --mode says; returns top-1 and top-5 in percent of the test images.
+    """Train a classifier as --mode says: percent right at first, mean of the classes, in five.
 
-    keep: (n,) indices of the labels that may be used; bank: features of these images
-    queries: features of the test images
+    bank: features of the training images keep (n,); queries: of the test images
     """
+    kind = "augment" if args.mode == "linear" and args.augment else args.mode
     recipe = [default if value is None else value for value, default in zip(
-        (args.epochs, args.lr, args.weight_decay),
-        RECIPES["augment" if args.augment and args.mode == "linear" else args.mode])]
+        (args.epochs, args.lr, args.weight_decay), RECIPES[kind])]
     linear = nn.Linear(bank.shape[1], len(data.classes))
-    nn.init.zeros_(linear.weight)  # a channel that is 0 in all of training stays without effect
+    nn.init.zeros_(linear.weight)  # a channel that is 0 in all of training has no effect
     nn.init.zeros_(linear.bias)
     norm = nn.BatchNorm1d(bank.shape[1], 1e-12, affine=False)  # [MAE App. A]
     head = nn.Sequential(norm, linear).to(bank.device)
-    if args.mode == "linear" and not args.augment:
+    if kind == "linear":
         fit(head, bank, data.train_labels[keep], recipe[0])
     else:
         train(network, head, keep, data, args, recipe, autocast)
@@ -420,105 +424,111 @@ def classify(network, bank, queries, keep, data, args, autocast):
         queries = features(network, data.test_images, data.mean, data.std, args.batch_size,
                            autocast)
     with torch.no_grad():
-        best = head.eval()(queries).topk(min(5, len(data.classes))).indices
-    right = best == data.test_labels[:, None]
+        best = head.eval()(queries).topk(min(5, len(data.classes))).indices.cpu()
+    labels = data.test_labels.cpu()
+    right = (best == labels[:, None]).double()
+    recalls = [right[labels == label, 0].mean() for label in labels.unique()]
     return {"top1": 100 * right[:, 0].sum().item() / len(right),
-            "top5": 100 * right.any(1).sum().item() / len(right)}
+            "balanced": 100 * sum(recalls).item() / len(recalls),
+            "top5": 100 * right.sum().item() / len(right)}
 
 
-def judge(args):
-    """Judge a checkpoint: print one line, return its numbers as a dict, write them as JSON."""
-    start = time.perf_counter()
+# =================== 7. Judging ===================
+def main(argv=None):
+    """Judge as the flags say: write the numbers as JSON, print and return them."""
+    args, begin = parse_args(argv), time.perf_counter()
     device = torch.device(next(kind for kind in ("cuda", "mps", "cpu") if args.device in
                                (kind, "auto") and getattr(torch, kind).is_available()))
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
-    out = Path(args.out or Path(args.checkpoint).parent)
     torch.manual_seed(args.seed)
     try:
         weights, saved = read_weights(args.checkpoint, args.prefix)
         pretrain = {**DEFAULTS, **saved.get("args", {})}
         arch, width = args.arch or pretrain["arch"], args.width or pretrain["width"]
-        small = weights["conv1.weight"].shape[-1:] == (3,)  # a CIFAR stem
+        small = weights["conv1.weight"].shape[-1] == 3  # a CIFAR stem
         stem = args.stem or ("cifar" if small else "imagenet")
-        f = load_backbone(weights, arch, width, stem)
+        f, before = load_backbone(weights, arch, width, stem), "pre-trained backbone"
         if args.mode == "scratch":
-            f = resnet(arch, width, stem)
+            f, before = resnet(arch, width, stem), "random backbone"
         network = nn.Sequential(f, *load_head(saved, args.head_layers))
         network = network.to(device, memory_format=torch.channels_last)
         large = pretrain["dataset"] == "folder" if saved else not small
         size = args.image_size or pretrain["image_size"] or (224 if large else 32)
         name = args.dataset or pretrain["dataset"]
-        same = name == pretrain["dataset"] and not args.data_dir
-        data = load_dataset(name, args.data_dir or (pretrain if same else DEFAULTS)["data_dir"],
-                            size, args.cache_dir or (pretrain["cache_dir"] if same else None),
-                            device)
-        if data.train_labels is None and args.mode != "linear":
-            raise ValueError(f"--mode {args.mode} needs labels: train/ and test/ or val/, with a "
-                             "folder a class")
+        known = DEFAULTS if args.data_dir or name != pretrain["dataset"] else pretrain
+        data_dir = args.data_dir or known["data_dir"]
+        out = Path(args.out or Path(args.checkpoint).parent)
         out.mkdir(parents=True, exist_ok=True)
+        for folder in (out, *(Path(path).parent for path in (
+                args.export, args.neighbours, args.map) if path)):
+            try:
+                tempfile.TemporaryFile(dir=folder).close()  # before the work
+            except OSError as problem:
+                raise ValueError(f"cannot write to {folder} ({problem.strerror}): choose another "
+                                 "place, for the results with --out") from None
+        data = load_dataset(name, data_dir, size, args.cache_dir or known["cache_dir"], device)
+        if data.train_labels is None and args.mode != "linear":
+            raise ValueError(f"--mode {args.mode} needs labels: train/ and test/ or val/, "
+                             "with a folder a class")
     except (OSError, ValueError) as problem:
         fail(problem)
     mean, std = (torch.as_tensor(x, device=device) for x in (
         args.mean or saved.get("mean", IMAGENET[0]), args.std or saved.get("std", IMAGENET[1])))
     data = data._replace(mean=mean, std=std)
     bank = features(network, data.train_images, mean, std, args.batch_size, autocast)
-    queries, images, labels = bank, data.train_images, None  # a folder without splits
+    test = (bank, data.train_images, None)  # a folder without splits
     if data.test_labels is not None:
-        images, labels = data.test_images, data.test_labels
-        queries = features(network, images, mean, std, args.batch_size, autocast)
-    if not (bank.isfinite().all() and queries.isfinite().all()):
+        queries = features(network, data.test_images, mean, std, args.batch_size, autocast)
+        test = (queries, data.test_images, data.test_labels)
+    if not (bank.isfinite().all() and test[0].isfinite().all()):
         fail("the features are not finite: broken weights, or try --precision fp32", status=1)
-    try:
-        if args.neighbours:
-            draw_neighbours(args.neighbours, bank, data.train_images, data.train_labels, queries,
-                            images, labels)
-        if args.map:
-            draw_map(args.map, queries, images, labels)
-    except (OSError, ValueError) as problem:
-        fail(problem)
-    if args.tensorboard:
-        write_projector(out, queries, images, labels, data.classes)
 
-    results, keep = {}, ()
-    if data.train_labels is None:
-        print("no labels: no accuracies", flush=True)
-    else:
+    results, keep, line = {}, (), "no labels: no accuracies"
+    if data.train_labels is not None:
         keep = few_labels(data.train_labels.cpu(), args.label_fraction, args.seed)
         kept = bank if args.label_fraction == 1 else bank[keep]
-        table = {f"knn{k}": knn_accuracy(kept, data.train_labels[keep], queries, labels,
-                                         len(data.classes), k, args.knn_tau) for k in args.knn}
-        results = {**classify(network, kept, queries, keep, data, args, autocast), **table}
-        print(" ".join(f"{key}={value:.2f}" for key, value in results.items()),
-              f"tau={args.knn_tau:g}", flush=True)
-    parts = ((Path(args.checkpoint).stem, not saved), (args.mode, True), ("augment", args.augment),
-             (name, name != pretrain["dataset"]),
+        knn = {f"knn{k}": knn_accuracy(kept, data.train_labels[keep], test[0], test[2],
+                                       len(data.classes), k, args.knn_tau) for k in args.knn}
+        results = {**classify(network, kept, test[0], keep, data, args, autocast), **knn}
+        words = [f"{key}={value:.2f}" for key, value in results.items()]
+        words.insert(3, f"({args.mode})")
+        line = " ".join([*words, f"tau={args.knn_tau:g} ({before})"])
+    record = {**results, "networks": {"top1": args.mode, "knn": before}, "args": vars(args),
+              "method": saved.get("method"), "epoch": saved.get("epoch"), "labels": len(keep),
+              "images": len(data.train_images), "test_images": len(data.test_images),
+              "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+              "precision": "bf16" if bf16 else "fp32", "features": bank.shape[1],
+              "torch": torch.__version__, "commit": commit(),
+              "seconds": time.perf_counter() - begin}
+    images = Path(data_dir).resolve().name if name == "folder" else name
+    parts = ((Path(args.checkpoint).stem, not saved), (args.mode, True),
+             ("augment", args.augment), (images, True),
              (f"{args.label_fraction:g}", args.label_fraction < 1),
-             (f"head{args.head_layers}", args.head_layers > 0), (f"seed{args.seed}", args.seed > 0))
-    try:
-        file_name = "_".join(["eval", *(part for part, differs in parts if differs)])
-        (out / f"{file_name}.json").write_text(json.dumps({
-            **results, "args": vars(args), "method": saved.get("method"),
-            "epoch": saved.get("epoch"), "images": len(data.train_images), "labels": len(keep),
-            "test_images": len(data.test_images), "features": bank.shape[1],
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-            "precision": "bf16" if bf16 else "fp32", "torch": torch.__version__,
-            "commit": commit(), "seconds": time.perf_counter() - start}) + "\n")
-        if args.export:
-            torch.save({key: x.cpu() for key, x in f.state_dict().items()}, args.export)
-    except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
-        fail(problem)
+             (f"head{args.head_layers}", args.head_layers), (f"seed{args.seed}", args.seed))
+    result = "_".join(["eval", *(part for part, differs in parts if differs)]) + ".json"
+    outputs = {
+        out / result: lambda path: path.write_text(json.dumps(record) + "\n"),
+        args.export: lambda path: torch.save({k: x.cpu() for k, x in f.state_dict().items()}, path),
+        args.neighbours: lambda path: draw_neighbours(
+            path, bank, data.train_images, data.train_labels, *test),
+        args.map: lambda path: draw_map(path, *test),
+        args.tensorboard and out: lambda path: write_projector(path, *test, data.classes)}
+    problems = []
+    for path in filter(None, outputs):
+        try:
+            outputs[path](path)
+        except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
+            problems.append(f"cannot write {path} ({problem})")
+    say(line)
+    if args.export and (stem == "cifar" or width != 1):
+        sys.stderr.write(f"warning: torchvision has no such ResNet, load {args.export} into "
+                         f"common.py's: resnet({arch!r}, {width:g}, {stem!r})\n")
+    if problems:
+        fail("; ".join(problems))
     return results
 
 
-def main(argv=None):
-    """Judge as the flags say and return the numbers; end what stops it in one line."""
-    args = parse_args(argv)
-    try:
-        return judge(args)
-    except KeyboardInterrupt:
-        fail("stopped: nothing is saved", status=130)
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()
