@@ -1,21 +1,20 @@
-"""Judge a backbone: linear, fine-tuned or from scratch, few labels, kNN, pictures, export.
+"""Judge a backbone: linear, fine-tuned, from scratch, few labels, kNN, pictures, export.
 
     python linear_eval.py runs/simclr/checkpoint.pt
-    python linear_eval.py resnet50.pth --arch resnet50 --dataset folder --data-dir imagenet100
+    python linear_eval.py resnet50.pth --arch resnet50 --dataset folder --data-dir images
 
---mode linear    a linear classifier on the frozen backbone, which keeps every bit: fitted by
-                 L-BFGS on features computed once, or with --augment by SGD on random crops.
+--mode linear    a classifier on the frozen backbone, which keeps every bit: by L-BFGS on
+                 features computed once, or with --augment by SGD on random crops.
 --mode finetune  backbone and classifier are trained together, from the checkpoint.
 --mode scratch   the same network from random weights: the supervised baseline.
 
-Accuracies are percent of the whole test set after the last epoch, `balanced` the mean over its
-classes; nothing is chosen by them. The kNN table is of the backbone before any training here.
-CHECKPOINT is one of the four scripts', or any file with a ResNet's weights in torchvision's
-names or numbered, as a Sequential has them. What no ResNet has, such as a head, is left out.
+Accuracies are percent of the whole test set after the last epoch, `balanced` the mean over
+its classes; nothing is chosen by them. The kNN is of the backbone before any training here.
+CHECKPOINT: one of the four scripts', or a file with a ResNet's weights in torchvision's
+names or numbered, as in a Sequential. What no ResNet has, such as a head, is left out.
 
-Differences from the papers:
-- A batch norm without affine stands before the classifier, as in MAE (2111.06377, App. A):
-  features differ by orders of magnitude between methods.
+Different from the papers: a batch norm without affine stands before the classifier, as in
+MAE (2111.06377, App. A), since features differ by orders of magnitude between methods.
 """
 
 # =================== 1. Imports ===================
@@ -42,13 +41,13 @@ from torchvision.utils import save_image
 from common import ARCHS, DATASETS, batches, load_dataset, normalize, resnet
 
 RECIPES = {  # epochs, learning rate at batch 256, weight decay
-    "linear": (1000, None, None),  # iterations at most [ours, measured: SimSiam needed 800]
-    "augment": (100, 0.1, 0.0),  # linear with --augment [ours; 100 as in the MoCo CIFAR demo]
-    "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5, which has 60 epochs for 1 % of labels]
-    "scratch": (100, 0.1, 5e-4)}  # [ours; He et al. 1512.03385 Sec. 4.2 had 0.2 by this measure]
-DEFAULTS = {"dataset": "cifar10", "data_dir": "data", "cache_dir": None, "image_size": None,
-            "arch": "resnet18", "width": 1.0}  # for weights that come without arguments
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std of torchvision's weights
+    "linear": (1000, None, None),  # iterations at most [ours, measured: SimSiam took 800]
+    "augment": (100, 0.1, 0.0),  # linear with --augment [ours; 100: MoCo CIFAR demo]
+    "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5; 60 epochs for 1 % of the labels]
+    "scratch": (100, 0.1, 5e-4)}  # [ours; He et al. 1512.03385 Sec. 4.2: 0.2 by this measure]
+DEFAULTS = {"dataset": "cifar10", "data_dir": "data", "cache_dir": None,
+            "image_size": None, "arch": "resnet18", "width": 1.0}  # of foreign weights
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's mean and std
 RESNET = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # all it has, in order
 
 
@@ -89,19 +88,19 @@ def parse_args(argv=None):
     """Read the flags; make all checks that need no file; end wrong ones in one line."""
     parser = Parser(description="Judge a backbone on images.", formatter_class=Help,
                     usage="%(prog)s CHECKPOINT [flags]", allow_abbrev=False)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="ours, or foreign weights")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="ours or foreign weights")
     count, rate = number(int, 1, 10**6), number(float, 1e-8, 1e3)
     add = parser.add_argument_group("judge").add_argument
     add("--mode", choices=("linear", "finetune", "scratch"), default="linear")
     add("--epochs", type=count, help="(default: finetune 30, else 100; of L-BFGS 1000)")
-    add("--lr", type=rate, help="at batch 256, grows with it (default: 0.1, finetune 0.05)")
+    add("--lr", type=rate, help="at batch 256, scaled (default: 0.1, finetune 0.05)")
     add("--weight-decay", type=number(float, 0, 1), help="(default: 0, scratch 5e-4)")
-    add("--augment", action="store_true", help="random crops and flips in linear mode too")
-    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0, help="of each class")
+    add("--augment", action="store_true", help="random crops in linear mode too")
+    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0, help="a class")
     add("--head-layers", type=number(int, 0, 10), default=0,
         help="layers of the projector to keep [SimCLR v2 Sec. 2]")
-    add("--knn", type=count, nargs="*", default=[1, 5, 20, 200], help="numbers of neighbours")
-    add("--knn-tau", type=rate, default=0.1, help="of a neighbour's vote [MoCo CIFAR demo]")
+    add("--knn", type=count, nargs="*", default=[1, 5, 20, 200], help="neighbours")
+    add("--knn-tau", type=rate, default=0.1, help="of the votes [MoCo CIFAR demo]")
     add = parser.add_argument_group("data, if not the checkpoint's").add_argument
     add("--dataset", choices=DATASETS, help="another than in pre-training: transfer")
     add("--data-dir", help="where it lies or is downloaded to")
@@ -126,7 +125,7 @@ def parse_args(argv=None):
     add("--neighbours", metavar="PNG", help="draw ten images and the ten nearest to each")
     add("--map", metavar="PNG", help="draw the images in the plane of main components")
     add("--export", metavar="PTH", help="write the backbone, in torchvision's names")
-    add("--tensorboard", action="store_true", help="write an embedding projector to --out")
+    add("--tensorboard", action="store_true", help="embedding projector, to --out")
     args = parser.parse_args(argv)
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         fail(f"--device {args.device}: this machine has none; use --device auto or cpu")
@@ -135,7 +134,7 @@ def parse_args(argv=None):
             fail(f"cannot draw {path}: a picture's name ends in .png or .jpg")
     lbfgs = args.mode == "linear" and not args.augment
     if lbfgs and (args.lr or args.weight_decay) is not None:
-        fail("--lr and --weight-decay are not for L-BFGS: add --augment, or another --mode")
+        fail("--lr and --weight-decay are not for L-BFGS: add --augment or --mode")
     if args.mode == "scratch" and args.head_layers:
         fail("--head-layers keeps what --mode scratch throws away")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -147,7 +146,7 @@ def parse_args(argv=None):
 
 # =================== 3. Backbone ===================
 def read_weights(path, prefix=""):
-    """Read a checkpoint as (backbone's state dict, all of ours or {} for foreign weights).
+    """Read a checkpoint: the backbone's state dict; all of it, or {} for foreign weights.
 
     prefix: what the backbone's name ends with, if foreign weights hold several
     Raises OSError or ValueError, in one line, for other files; never runs a file's code.
@@ -175,7 +174,7 @@ def read_weights(path, prefix=""):
                if isinstance(part, dict) for key, x in part.items() if torch.is_tensor(x)}
     found = [key.removesuffix(stem) for stem in ("conv1.weight", "0.weight")
              for key, x in tensors.items() if f".{key}".endswith(f".{stem}")
-             and x.ndim == 4 and x.shape[1] == 3]  # on colours: a network's first convolution
+             and x.ndim == 4 and x.shape[1] == 3]  # the first convolution
     chosen = [prefix] if prefix in found else [
         name for name in found if f".{name}".endswith(f".{prefix}")]
     if len(chosen) != 1:
@@ -194,7 +193,7 @@ def read_weights(path, prefix=""):
 
 
 def load_backbone(weights, arch, width, stem):
-    """A backbone with exactly these weights; ValueError lists what is missing or left over."""
+    """A backbone with exactly these weights; ValueError lists what differs."""
     f = resnet(arch, width, stem)
     try:
         f.load_state_dict(weights)
@@ -205,15 +204,16 @@ def load_backbone(weights, arch, width, stem):
 
 
 def load_head(saved, count):
-    """The first `count` linear layers of a checkpoint's projector, each with what follows it."""
-    weights = {key[2:]: x for key, x in saved.get("model", {}).items() if key.startswith("g.")}
+    """The first `count` linear layers of the projector, each with what follows it."""
+    model = saved.get("model", {})
+    weights = {key[2:]: x for key, x in model.items() if key.startswith("g.")}
     linear = [int(key.split(".")[0]) for key, x in weights.items() if x.ndim == 2]
     if len(linear) < count:
         raise ValueError(f"--head-layers {count}: the projector has {len(linear)} layers")
     layers = nn.Sequential()
     while count and len(layers) < [*linear, 1 + int([*weights][-1].split(".")[0])][count]:
-        start = f"{len(layers)}."
-        mine = {key.removeprefix(start): x for key, x in weights.items() if key.startswith(start)}
+        mine = {key.split(".")[1]: x for key, x in weights.items()
+                if key.startswith(f"{len(layers)}.")}
         layer = nn.ReLU()  # has no parameters
         if "running_mean" in mine:
             layer = nn.BatchNorm1d(len(mine["running_mean"]), affine="weight" in mine)
@@ -237,16 +237,13 @@ def few_labels(labels, fraction, seed):
 # =================== 4. Features and kNN ===================
 @torch.no_grad()
 def features(f, images, mean, std, batch_size, autocast):
-    """The frozen network's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32."""
+    """The output in evaluation mode: images (N, 3, H, W) uint8 to (N, D) float32."""
     f.eval()
-    out, done = None, 0  # not a list to join: that would hold all of them twice
+    out = []
     for x in batches(images, torch.arange(len(images)), batch_size, mean.device):
         with autocast():
-            x = f(normalize(x, mean, std)).float()
-        out = x.new_empty(len(images), x.shape[1]) if out is None else out
-        out[done:done + len(x)] = x
-        done += len(x)
-    return out
+            out.append(f(normalize(x, mean, std)).float())
+    return torch.cat(out)
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1):
@@ -269,7 +266,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
 
 # =================== 5. Pictures ===================
 def frame(images, colors):
-    """Enlarge images (N, 3, H, W) uint8 to 64 pixels or more, frame them in colors (N, 3)."""
+    """Images (N, 3, H, W) uint8 of 64 pixels or more, framed in colors (N, 3)."""
     big = F.interpolate(images / 255, scale_factor=math.ceil(64 / images.shape[3]))
     framed = colors[:, :, None, None].repeat(1, 1, big.shape[2] + 6, big.shape[3] + 6)
     framed[:, :, 3:-3, 3:-3] = big
@@ -277,7 +274,7 @@ def frame(images, colors):
 
 
 def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, labels):
-    """Ten rows: an image, then its ten nearest of the bank, green if of its class, else red.
+    """Ten rows: an image, its ten nearest of the bank, green if of its class, else red.
 
     queries: (M, D) features of images (M, 3, H, W); the bank's if images is bank_images
     """
@@ -291,14 +288,15 @@ def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, label
         kinds = torch.full((len(near),), 2)
         if labels is not None:
             kinds = (bank_labels[near] == labels[i]).long().cpu()
-        cells = torch.cat([images[i:i + 1].cpu(), bank_images[near.to(bank_images.device)].cpu()])
+        near = near.to(bank_images.device)
+        cells = torch.cat([images[i:i + 1].cpu(), bank_images[near].cpu()])
         rows.append(frame(cells, torch.cat([torch.ones(1, 3), palette[kinds]])))
     save_image(torch.cat(rows), path, nrow=len(rows[0]), pad_value=1.0)
 
 
 def draw_map(path, queries, images, labels, side=30):
-    """At most side x side images in a full grid, columns by the first principal component, each
-    sorted by the second: neighbours stay neighbours. A frame's colour is a class.
+    """At most side x side images: columns by the first principal component, each sorted by
+    the second, so that neighbours stay neighbours. A frame's colour is a class.
     """
     side = min(side, math.isqrt(len(queries)))
     chosen = torch.linspace(0, len(queries) - 1, side**2).long()
@@ -308,7 +306,8 @@ def draw_map(path, queries, images, labels, side=30):
     x = x - x.mean(0)
     plane = x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:].flip(1)  # (n, 2)
     columns = plane[:, 0].argsort().view(side, side)
-    grid = torch.stack([column[plane[column, 1].argsort()] for column in columns], 1).flatten()
+    columns = [column[plane[column, 1].argsort()] for column in columns]
+    grid = torch.stack(columns, 1).flatten()
     colors = torch.ones(len(chosen), 3)
     if labels is not None:
         hue = labels[:, None] / (labels.max() + 1) - torch.tensor([0, 1 / 3, 2 / 3])
@@ -368,12 +367,12 @@ def fit(head, bank, labels, iterations):
 
 
 def train(network, head, keep, data, args, recipe, autocast):
-    """SGD on random crops and flips of images keep (n,): of the head, and in two modes of all."""
+    """SGD on random crops and flips of images keep (n,): of the head or of all."""
     epochs, lr, decay = recipe
     # Few labels: at least 16 steps an epoch, or 1 % of CIFAR-10 would be two.
     batch = min(args.batch_size, max(8, len(keep) // 16), len(keep))
     steps, frozen = len(keep) // batch, args.mode == "linear"
-    crop_and_flip = transforms.Compose([  # scale 0.08 to 1, ratio 3/4 to 4/3 [SimCLR App. B.5]
+    crop_and_flip = transforms.Compose([  # of 8 to 100 % [SimCLR App. B.5]
         transforms.RandomResizedCrop(data.train_images.shape[3]),
         transforms.RandomHorizontalFlip()])
     network.requires_grad_(not frozen)
@@ -404,7 +403,7 @@ def train(network, head, keep, data, args, recipe, autocast):
 
 
 def classify(network, bank, queries, keep, data, args, autocast):
-    """Train a classifier as --mode says: percent right at first, mean of the classes, in five.
+    """Train a classifier as --mode says; percent right: first, mean of classes, in five.
 
     bank: features of the training images keep (n,); queries: of the test images
     """
@@ -421,8 +420,8 @@ def classify(network, bank, queries, keep, data, args, autocast):
     else:
         train(network, head, keep, data, args, recipe, autocast)
     if args.mode != "linear":
-        queries = features(network, data.test_images, data.mean, data.std, args.batch_size,
-                           autocast)
+        queries = features(network, data.test_images, data.mean, data.std,
+                           args.batch_size, autocast)
     with torch.no_grad():
         best = head.eval()(queries).topk(min(5, len(data.classes))).indices.cpu()
     labels = data.test_labels.cpu()
@@ -482,7 +481,7 @@ def main(argv=None):
         queries = features(network, data.test_images, mean, std, args.batch_size, autocast)
         test = (queries, data.test_images, data.test_labels)
     if not (bank.isfinite().all() and test[0].isfinite().all()):
-        fail("the features are not finite: broken weights, or try --precision fp32", status=1)
+        fail("features are not finite: broken weights, or try --precision fp32", status=1)
 
     results, keep, line = {}, (), "no labels: no accuracies"
     if data.train_labels is not None:
@@ -509,7 +508,7 @@ def main(argv=None):
     result = "_".join(["eval", *(part for part, differs in parts if differs)]) + ".json"
     outputs = {
         out / result: lambda path: path.write_text(json.dumps(record) + "\n"),
-        args.export: lambda path: torch.save({k: x.cpu() for k, x in f.state_dict().items()}, path),
+        args.export: lambda path: torch.save(f.cpu().state_dict(), path),
         args.neighbours: lambda path: draw_neighbours(
             path, bank, data.train_images, data.train_labels, *test),
         args.map: lambda path: draw_map(path, *test),
@@ -518,7 +517,7 @@ def main(argv=None):
     for path in filter(None, outputs):
         try:
             outputs[path](path)
-        except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
+        except (OSError, RuntimeError) as problem:  # torch.save: the latter
             problems.append(f"cannot write {path} ({problem})")
     say(line)
     if args.export and (stem == "cifar" or width != 1):

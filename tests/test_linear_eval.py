@@ -216,7 +216,8 @@ def test_a_deeper_cut_is_judged(run, tmp_path, capsys):
     judge(run(), "--head-layers", 1, "--epochs", 1, "--out", tmp_path)
     assert the_file(tmp_path)["features"] == 2048
     refused(capsys, linear_eval, [run(), "--head-layers", "3"], "2 layers")
-    refused(capsys, linear_eval, [run(), "--head-layers", "1", "--mode", "scratch"], "--head-layers")
+    scratch = [run(), "--head-layers", "1", "--mode", "scratch"]
+    refused(capsys, linear_eval, scratch, "--head-layers")
     refused(capsys, linear_eval, [run(), "--lr", "1"], "--augment")
 
 
