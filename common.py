@@ -1,33 +1,37 @@
-"""Data loading and ResNet backbones: all that the four method files share.
+"""Data loading, ResNet backbones, processes and files: all that the four methods share.
 
 A method file runs with this file beside it; whoever copies a method copies two files.
 Images stay uint8 (N, 3, H, W) until they are on the device, where a 32x32 set lives whole.
 """
 
 import hashlib
-import math
 import os
 import shutil
 import socket
+import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import nn
-from torchvision import datasets
+from torchvision import datasets, models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms import functional as TF
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: take care yourself
+except ImportError:  # on Windows take care yourself
     fcntl = None
 
 DATASETS = ("cifar10", "cifar100", "folder", "shapes")
@@ -36,6 +40,12 @@ ARCHS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4,
          "resnet152": (Bottleneck, (3, 8, 36, 3))}
 SHAPES = ("horizontal", "vertical", "diagonal", "checker", "plaid", "grid", "hexagons", "bricks",
           "zigzag", "blobs")
+SPLITS = ("test", "val", "valid", "validation")  # the first with class folders is tested on
+LITTER = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # names begin so
+STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # PIL needs other programs for these
+OURS = (".npy", ".tmp", ".lock")  # what decoding leaves
+LARGE = threading.Lock()  # held to decode more than 2^25 pixels: one such image at a time
+FIRST = os.environ.get("RANK", "0") == "0"  # of the processes of a run one talks
 
 
 # ----------------------------------------------------------------------------- data
@@ -51,178 +61,260 @@ class Dataset(NamedTuple):
     std: torch.Tensor                  # (3,) float32, at least 1/255: a constant channel has none
 
 
-def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device="cpu"):
+def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device="cpu",
+                 skip_broken=False, max_pixels=None):
     """Read a data set as uint8: into memory, or mapped from where a folder was decoded to once.
 
-    name: one of DATASETS; data_dir: where it lies (cifar10 and cifar100 are downloaded there once)
-    image_size: pixels, to which the shorter side is resized, the centre cropped; None: 224, 32 for
-    what is no folder; cache_dir: keeps a folder's decoded images, image_size^2 x 3 bytes each;
-    None: data_dir; device: takes all of it, or all but images that fill half of its free memory
-    Raises ValueError, in one line that says what to do, if the data is missing or broken.
+    data_dir: where it lies; image_size: pixels, None: 224 of a folder, else 32; cache_dir: keeps
+    what a folder is decoded to, None: data_dir; device: takes all of it, or all but images that
+    fill half of its free memory; skip_broken: do without files that cannot be read; max_pixels: of
+    a file, None: Pillow's limit. Raises UserError, in one line that says what to do.
     """
     image_size = image_size or (224 if name == "folder" else 32)
+    if max_pixels:
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice as many
     if name == "folder":
-        train, train_labels, test, test_labels, classes = _read_folder(
-            Path(data_dir), image_size, cache_dir)
+        *data, classes = _read_folder(Path(data_dir), image_size, cache_dir, skip_broken)
     elif name == "shapes":
-        parts = [draw_shapes(500, image_size, seed) for seed in range(14)]
-        images, labels = (torch.cat(part) for part in zip(*parts))
-        (train, test), (train_labels, test_labels) = images.split(6000), labels.split(6000)
-        classes = SHAPES
+        images, labels = map(torch.cat, zip(*(draw_shapes(500, image_size, i) for i in range(14))))
+        *data, classes = images[:6000], labels[:6000], images[6000:], labels[6000:], SHAPES
     elif name in DATASETS:
-        train, train_labels, test, test_labels, classes = _read_cifar(name, data_dir, image_size)
+        *data, classes = _read_cifar(name, data_dir, image_size)
     else:
-        raise ValueError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
-    # Mean and std from a histogram a channel: no float copy of the set. Of large ones a sample.
-    share = sum(torch.stack([channel.flatten().bincount(minlength=256) for channel in x.unbind(1)])
-                for x in train[::max(1, len(train) // 50_000)].split(1000))
-    share = share / share.sum(1, keepdim=True, dtype=torch.float64)  # (3, 256)
-    level = torch.arange(256, dtype=torch.float64) / 255
-    mean = share @ level
-    std = (share @ level.square() - mean.square()).clamp(min=1 / 255**2).sqrt()
-    train_labels, test_labels = (x if x is None else x.to(device)
-                                 for x in (train_labels, test_labels))
-    return Dataset(resident(train, device), train_labels, resident(test, device), test_labels,
-                   tuple(classes), mean.float().to(device), std.float().to(device))
+        raise UserError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
+    # Mean and std from sums in parts: no float copy of the set. Of large ones a sample.
+    some = data[0][::max(1, len(data[0]) // 50_000, data[0].nbytes // 2**33)]
+    sums = sum(torch.stack([x.sum((0, 2, 3)), x.int().square().sum((0, 2, 3))])
+               for x in some.split(max(1, 2**22 // image_size**2)))
+    mean, square = sums.double() / some[:, 0].numel() / torch.tensor([[255], [255**2]])  # (3,) each
+    std = (square - mean.square()).clamp(min=1 / 255**2).sqrt()
+    data = [x if x is None else resident(x, device) for x in data]
+    return Dataset(*data, tuple(classes), mean.float().to(device), std.float().to(device))
 
 
 def _read_cifar(name, data_dir, image_size):
     """CIFAR through torchvision; offline, name the file to place."""
-    kind, archive = {"cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
-                     "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz")}[name]
+    kind = getattr(datasets, name.upper())
     try:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
-        with locked(Path(data_dir, ".lock")):  # of processes that start together one downloads
+        writable = os.access(data_dir, os.W_OK)  # else it must be there; of several one downloads
+        with locked(Path(data_dir, f".{name}.lock")) if writable else nullcontext():
             sets = [kind(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as problem:
-        raise ValueError(f"cannot download {name} ({problem}): place {archive} in {data_dir}, or "
-                         "try --dataset shapes, which needs no files") from None
+        raise UserError(f"cannot download {name} ({problem}): place {kind.filename} in {data_dir},"
+                         " or try --dataset shapes, which needs no files") from None
     out = []
     for one in sets:
         images = torch.from_numpy(np.ascontiguousarray(one.data.transpose(0, 3, 1, 2)))
-        if image_size != 32:
-            images = torch.cat([TF.resize(x, [image_size, image_size]) for x in images.split(1000)])
+        images = torch.cat([TF.resize(x, [image_size, image_size]) for x in images.split(1000)])
         out += [images, torch.tensor(one.targets)]
     return *out, sets[0].classes
-
-
-def _read_folder(root, image_size, cache_dir):
-    """`train/` and `test/` or `val/`, a folder a class; any other tree is images without labels."""
-    if not root.is_dir():
-        raise ValueError(f"--data-dir {root} is not a folder of images")
-    train, test = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
-    split = train.is_dir() and test.is_dir()
-    classes = sorted(path.name for path in train.iterdir() if path.is_dir()) if split else []
-    if split and len(classes) < 2:
-        raise ValueError(f"{train} has {len(classes)} folders of a class: labels need two or more, "
-                         "and images without labels no train/ and test/")
-    odd = set(classes) ^ {path.name for path in test.iterdir() if path.is_dir()} if split else ()
-    if odd:
-        raise ValueError(f"class {min(odd)!r} is not both in {train} and in {test}")
-    extensions, files, labels, counts = datasets.folder.IMG_EXTENSIONS, [], [], []
-    for top in (train, test) if split else (root,):
-        for label, sub in enumerate(classes or [""]):
-            found = sorted(x for x in (top / sub).rglob("*") if x.suffix.lower() in extensions)
-            if not found:
-                raise ValueError(f"no images in {top / sub} (looked for {' '.join(extensions)})")
-            files += found
-            labels += [label] * len(found)
-        counts.append(len(files))
-    path = Path(cache_dir or root) / f"{root.resolve().name}-{image_size}.npy"
-    images, labels = (x.split([counts[0], len(files) - counts[0]])
-                      for x in (_decoded(files, root, image_size, path), torch.tensor(labels)))
-    labels = labels if split else (None, None)
-    return images[0], labels[0], images[1], labels[1], classes
 
 
 def locked(path, wait=True):
     """Open a file to read and append to, locked until it is closed or the process ends.
 
-    If another process holds the lock: wait, or raise BlockingIOError.
+    If another process holds the lock: wait, and say for whom, or raise UserError.
     """
     file = open(path, "a+")
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
-        raise
-    except OSError:
-        pass  # some network file systems have no such locks
+        if not wait:
+            file.close()
+            raise UserError(f"another process writes to {path}: choose another --out") from None
+        print("waiting for", Path(path).read_text().strip() or "another", "at", path, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (OSError, AttributeError):
+        pass  # some network file systems have no such locks, nor has Windows
     return file
 
 
+def _read_folder(root, size, cache_dir, skip_broken):
+    """Images of train/, or of the whole tree; labels if they lie in two or more class folders."""
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root} is not a folder of images")
+    files, left, broken = _scan(root)
+    split, tree, top = (root / "train").is_dir(), defaultdict(list), "no split"
+    for file in files:  # to those of their split and class; without a class folder it is ""
+        names = ("train",) * (not split) + file.relative_to(root).parts
+        tree[names[0], names[1] if len(names) > 2 else ""].append(file)
+    classes, loose = [name for part, name in tree if part == "train" and name], tree["train", ""]
+    labelled = len(classes) > 1 and (split or not loose)
+    if labelled:
+        left.update("in train/ but in no class" for _ in loose)
+        top = next((part for part in SPLITS if any(key[0] == part and key[1] for key in tree)), top)
+    else:  # nothing tells the images apart
+        loose[:], classes = sorted(sum((tree["train", name] for name in classes), loose)), [""]
+    odd = [name for part, name in tree if part == top and name not in ("", *classes)]
+    if odd:
+        raise UserError(f"class {odd[0]!r} of {root / top} is not in {root / 'train'}: remove it")
+    train, test = ([(label, file) for label, name in enumerate(classes)
+                    for file in tree[part, name]] for part in ("train", top))
+    if FIRST:
+        said = ", ".join(f"{n} {why}" for why, n in (+left).most_common(20)) or "nothing"
+        print(f"{root}: {len(train)} images of {len(classes) * labelled} classes to train on, "
+              f"{len(test)} of {top} to test on; left out: {said}", flush=True)
+    place = "-" + hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]  # if names are equal
+    cache = Path(cache_dir or root, f"{root.resolve().name}-{size}{place if cache_dir else ''}.npy")
+    images, unread = _decoded([file for _, file in train + test], root, size, cache)
+    broken |= unread
+    said = ", ".join(f"{path} ({why})" for path, why in broken.items())
+    if broken and not skip_broken:
+        raise UserError(f"cannot read {len(broken)} of {len(files)} images: {said}: mend or "
+                         "remove them, or try --skip-broken, or for large ones --max-pixels N")
+    if broken and FIRST:
+        print(f"left out {len(broken)} that cannot be read: {said}", flush=True)
+    train, test = ([pair for pair in part if pair[1] not in broken] for part in (train, test))
+    if not train:
+        raise UserError(f"no images in {root / 'train' if split else root}")
+    labels = [torch.tensor([label for label, _ in part]) if labelled and part else None
+              for part in (train, test)]
+    return images[:len(train)], labels[0], images[len(train):], labels[1], classes * labelled
+
+
+def _scan(root):
+    """The files below root that PIL can open, how many it cannot by kind, and what is broken."""
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items()
+                if name in Image.OPEN and name not in STUBS}
+    certain = [name for name, (_, start) in Image.OPEN.items() if start and name not in STUBS]
+
+    def opens(path):
+        """Whether its first bytes are those of an image."""
+        with suppress(Exception), Image.open(path, formats=certain):
+            return True
+
+    files, left, broken, above = [], Counter(), {}, {str(root): ()}
+    for here, folders, names in os.walk(root, followlinks=True, onerror=lambda problem:
+                                        broken.update({problem.filename: problem.strerror})):
+        real, run = os.path.realpath(here), {"checkpoint.pt", "log.jsonl"}.intersection(names)
+        if real in above[here] or run and above[here]:  # a run draws pictures
+            left["folder of a run" if run else "link to a folder around it"] += 1
+            folders[:], names = [], []
+        hidden = {name for name in folders + names if name.startswith(LITTER)}
+        left["hidden or a system's"] += sum(not name.endswith(OURS) for name in hidden)
+        folders[:] = {*folders} - hidden
+        above.update({os.path.join(here, name): (*above[here], real) for name in folders})
+        for name in {*names} - hidden:
+            path, suffix = Path(here, name), os.path.splitext(name)[1].lower()
+            if suffix in suffixes or path.is_file() and opens(path):
+                files.append(path)
+            elif suffix not in OURS or root.resolve().name not in name:
+                left[f"{suffix or 'without a suffix'} that PIL cannot open"] += 1
+    return sorted(files), left, broken
+
+
 def _decoded(files, root, size, path):
-    """The files as uint8 (N, 3, size, size), mapped from `path`, which is written if need be.
-
-    Behind the array stands a digest of the files' names, sizes and times: it must be theirs.
-    """
-    digest = hashlib.sha256()
+    """The files' images, mapped from `path`, written if need be; and which have none, and why."""
+    keys = []
     for file in files:
-        try:
-            stat = file.stat()
-        except OSError as problem:  # a link to nothing
-            raise ValueError(f"cannot read {file} ({problem}): mend or remove it") from None
-        line = f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"
-        digest.update(line.encode(errors="surrogateescape"))
+        st = file.stat() if file.exists() else file.lstat()  # of a link to nothing
+        key = (file.relative_to(root), st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+        keys.append(hashlib.blake2b(f"decoder 2 {key}".encode(), digest_size=16).digest())
+
+    def look():
+        """None if `path` has other images, or lacks one that can be read by now."""
+        (images, rows), broken = _cached(path), {}
+        if files and images is None or [*rows] != [key for key in keys if key in rows]:
+            return None
+        for file in (file for file, key in zip(files, keys) if key not in rows):
+            if torch.is_tensor(broken.setdefault(file, _read_image(file, size))):
+                return None
+        return images, broken
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_suffix(".lock")):  # of processes that start together one decodes
-            kept = b""
-            if path.exists() and path.stat().st_size > 32:
-                with open(path, "rb") as file:
-                    file.seek(-32, os.SEEK_END)
-                    kept = file.read()
-            if kept != digest.digest():
-                _decode(files, size, path, digest.digest())
-        with warnings.catch_warnings():  # "c" could be written to, but must fit into memory
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            return torch.from_numpy(np.load(path, mmap_mode="r"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's of what it mends, torch's of a read-only map
+            found = look()  # before any lock: the folder may be read-only
+            if not found:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with locked(path.with_name(f".{path.stem}.lock")) as lock:  # of several one decodes
+                    lock.truncate(0)
+                    print("process", os.getpid(), "on", socket.gethostname(), file=lock, flush=True)
+                    found = look() or _decode(files, keys, size, path) or look()
     except OSError as problem:
-        raise ValueError(f"cannot keep the decoded images ({problem}): name another folder for "
-                         "them with --cache-dir") from None
+        raise UserError(f"cannot keep decoded images ({problem}): name a --cache-dir") from None
+    if not found:
+        raise UserError(f"{root} changed while its images were decoded: start again")
+    return found
 
 
-def _decode(files, size, path, digest):
+def _cached(path):
+    """The array in `path`, mapped, and its rows by their files' keys, which stand behind it."""
+    with suppress(OSError, ValueError, EOFError), open(path, "rb") as file:
+        images = np.load(path, mmap_mode="r")  # "c" could be written to, but must fit into memory
+        file.seek(images.offset + images.nbytes)
+        return torch.from_numpy(images), {key: i for i, key in enumerate(np.load(file).tolist())}
+    return None, {}
+
+
+def _decode(files, keys, size, path):
     """Write files as an array to a temporary name, on all cores in bounded memory; rename it."""
-    # Machines that share a disk do not share locks: each writes a file of its own.
-    mine = f"{path.stem}.{socket.gethostname()}"
-    for left in path.parent.glob(f"{mine}-*.tmp"):  # by one that was killed
-        left.unlink()
-    need, free = len(files) * 3 * size**2, shutil.disk_usage(path.parent).free
+    for part in path.parent.glob("*.tmp"):  # of the dead: the living write all the time
+        if path.stem in part.name and time.time() - part.stat().st_mtime > 3600:
+            part.unlink(missing_ok=True)
+    need, free = len(files) * 3 * size**2 / 2**30, shutil.disk_usage(path.parent).free / 2**30
     if need > free:
-        raise ValueError(f"the decoded images need {need / 2**30:.2f} GiB in {path.parent}, which "
-                         f"has {free / 2**30:.2f} GiB free: make room, or name another folder for "
-                         "them with --cache-dir")
-    part, start = path.with_name(f"{mine}-{os.getpid()}.tmp"), time.perf_counter()
-    shown = start
+        raise OSError(f"they need {need:.2f} GiB in {path.parent}, which has {free:.2f} GiB free")
+    old, rows = _cached(path)
+
+    def read(file, key):  # what is there already is copied
+        return old[rows[key]] if key in rows else _read_image(file, size)
+
+    part = path.with_name(f".{path.stem}.{socket.gethostname()}-{os.getpid()}.tmp")
+    start = shown = time.perf_counter()
+    kept, most = [], max(os.cpu_count() or 1, 2**25 // (3 * size**2))  # 32 MiB at a time
     try:
         with open(part, "wb") as out, ThreadPoolExecutor() as pool:  # PIL frees Python's lock
+            out.seek(128)  # the header, which waits for the number of images
+            images = (image for at in range(0, len(files), most)
+                      for image in pool.map(read, files[at:at + most], keys[at:at + most]))
+            for done, (key, image) in enumerate(zip(keys, images), 1):
+                if torch.is_tensor(image):
+                    out.write(image.numpy())
+                    kept.append(key)
+                if time.perf_counter() - shown > 5:
+                    shown = time.perf_counter()
+                    left = (shown - start) * (len(files) / done - 1)
+                    print(f"decoded {done} of {len(files)} images, {left:.0f} s left", flush=True)
+            np.save(out, np.frombuffer(b"".join(kept), "V16"))
+            out.seek(0)
             np.lib.format.write_array_header_1_0(out, {
-                "descr": "|u1", "fortran_order": False, "shape": (len(files), 3, size, size)})
-            for done in range(0, len(files), 256):
-                for image in pool.map(partial(_read_image, size=size), files[done:done + 256]):
-                    out.write(image.contiguous().numpy())
-                now, done = time.perf_counter(), min(done + 256, len(files))
-                if now - shown > 5:
-                    shown, left = now, (now - start) * (len(files) / done - 1)
-                    print(f"decoding once: {done} of {len(files)} images, {left:.0f} s left",
-                          file=sys.stderr, flush=True)
-            out.write(digest)
-        os.replace(part, path)
+                "descr": "|u1", "fortran_order": False, "shape": (len(kept), 3, size, size)})
+        with suppress(FileNotFoundError):  # another finished, and took this part for dead
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def _read_image(path, size):
-    """One file of any mode as uint8 (3, size, size): shorter side resized, centre cropped."""
+    """A file's centre square, of its first frame, as uint8 (3, size, size); or why not, in words.
+
+    EXIF turns it, transparency is white; wider integers go from 0 to 65535, floats from 0 to 1.
+    """
     try:
-        image = datasets.folder.default_loader(str(path))  # RGB, whatever the file holds
-    except Exception as problem:  # PIL raises OSError, SyntaxError, DecompressionBombError, ...
-        raise ValueError(f"cannot read the image {path} ({problem}): mend or remove it") from None
-    if min(image.size) != size:
-        image = TF.resize(image, size)
-    return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
+        with Image.open(path) as image, LARGE if np.prod(image.size) > 2**25 else nullcontext():
+            # A JPEG at 1/2, 1/4 or 1/8, if that leaves twice our size: nobody sees it.
+            image.draft(None, (2 * size, 2 * size))
+            ImageOps.exif_transpose(image, in_place=True)
+            image = TF.center_crop(image, min(image.size))  # before all else: it may be long
+            if image.mode[0] in "IF":  # grey of more than 8 bits
+                x, top = np.asarray(image), 1 if image.mode == "F" else 65535
+                if not 0 <= x.min() <= x.max() <= top:  # nor NaN
+                    return f"values from {x.min()} to {x.max()}, not from 0 to {top}"
+                image = Image.fromarray((x * (255 / top)).round().astype(np.uint8))
+            elif image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            image = TF.resize(image.convert("RGB"), [size, size])
+            return TF.pil_to_tensor(image).contiguous()
+    except Exception as problem:  # PIL raises OSError, SyntaxError, struct.error, ...
+        with suppress(Exception), open(path, "rb") as file:  # perhaps a TIFF that PIL cannot name
+            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+            file.seek(tags.next)
+            tags.load(file)
+            problem = f"{problem}: a TIFF of {tags[277]} channels; supported are 1 to 4"
+        return str(problem)
 
 
 def draw_shapes(count, size=32, seed=0):
@@ -241,11 +333,11 @@ def draw_shapes(count, size=32, seed=0):
     grid = torch.linspace(-1, 1, size)
     x, y = grid - uniform(-0.25, 0.25), grid[:, None] - uniform(-0.25, 0.25)  # window's centre: 0
     window = torch.exp(-((x.square() + y.square()) / uniform(0.8, 1.2).square()).square())
-    turn, scale = uniform(-math.pi / 9, math.pi / 9), uniform(9, 18)  # scale: radians a half image
+    turn, scale = uniform(-torch.pi / 9, torch.pi / 9), uniform(9, 18)  # radians a half image
     u, v = scale * (x * turn.cos() - y * turn.sin()), scale * (x * turn.sin() + y * turn.cos())
-    a, b = uniform(0, 2 * math.pi), uniform(0, 2 * math.pi)  # phases
-    third, half = math.sin(math.pi / 3) * u, v / 2  # third +- half: waves at 120 degrees to v
-    shift = math.pi / 2 * torch.cos(half + a / 2).sign()  # every other row of bricks
+    a, b = uniform(0, 2 * torch.pi), uniform(0, 2 * torch.pi)  # phases
+    third, half = 3**0.5 / 2 * u, v / 2  # third +- half: waves at 120 degrees to v
+    shift = torch.pi / 2 * torch.cos(half + a / 2).sign()  # every other row of bricks
     noise = nn.functional.interpolate(uniform(-1, 1, pixels=8), (size, size), mode="bicubic")
     patterns = {  # in the order of SHAPES
         "horizontal": torch.sin(v + a), "vertical": torch.sin(u + a),
@@ -261,8 +353,8 @@ def draw_shapes(count, size=32, seed=0):
     tint = 1 + uniform(-0.1, 0.1, channels=3)
     contrast = uniform(0.2, 0.4) * uniform(-1, 1).sign()
     images = uniform(0.4, 0.6) + contrast * pattern * window * tint
-    images = images + 0.05 * uniform(-1, 1, pixels=size)
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
+    images = (images + 0.05 * uniform(-1, 1, pixels=size)).clamp(0, 1)
+    return (images * 255).round().to(torch.uint8), labels
 
 
 def normalize(x, mean, std):
@@ -271,8 +363,7 @@ def normalize(x, mean, std):
     x: (N, 3, H, W) uint8, or float in [0, 1]; mean, std: (3,) of the training set
     Returns float32 in units of std, in channels_last memory, which convolutions are fastest on.
     """
-    if x.dtype == torch.uint8:
-        x = x.float() / 255
+    x = x.float() / 255 if x.dtype == torch.uint8 else x
     x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -280,9 +371,8 @@ def normalize(x, mean, std):
 def resident(images, device):
     """The images on the device if they fit in half of its free memory, else as they are."""
     device = torch.device(device)
-    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return images
-    return images.to(device)
+    large = device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
+    return images if large else images.to(device)
 
 
 def batches(images, order, batch_size, device, workers=min(8, os.cpu_count() or 1)):
@@ -313,14 +403,14 @@ def batches(images, order, batch_size, device, workers=min(8, os.cpu_count() or 
 
 
 # ----------------------------------------------------------------------------- network
-class ResNet(nn.Module):
+class ResNet(models.ResNet):
     """A residual network without classifier, in torchvision's names, He et al., arXiv 1512.03385.
 
     (N, 3, H, W) in, (N, num_features) out: the average of the last map.
     """
 
     def __init__(self, block, depths, width, stem):
-        super().__init__()
+        nn.Module.__init__(self)  # of torchvision's only the making of layers, here of any width
         planes = [round(64 * width * 2**stage) for stage in range(4)]
         cifar = stem == "cifar"  # full size, no max-pool: a 32x32 image keeps a last map of 4x4
         kernel, stride, padding = (3, 1, 1) if cifar else (7, 2, 3)
@@ -328,18 +418,12 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(planes[0])
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if cifar else nn.MaxPool2d(3, 2, 1)
-        channels = planes[0]
-        for stage in range(4):
-            blocks, out = [], planes[stage] * block.expansion
-            for i in range(depths[stage]):
-                stride, shortcut = 2 if stage > 0 and i == 0 else 1, None
-                if stride != 1 or channels != out:
-                    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False),
-                                             nn.BatchNorm2d(out))
-                blocks.append(block(channels, planes[stage], stride, shortcut))
-                channels = out
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.num_features = channels
+        self.inplanes, self.groups, self.base_width, self.dilation = planes[0], 1, 64, 1
+        self._norm_layer = nn.BatchNorm2d
+        for stage, depth in enumerate(depths):
+            layer = self._make_layer(block, planes[stage], depth, stride=1 if stage == 0 else 2)
+            setattr(self, f"layer{stage + 1}", layer)
+        self.num_features = self.inplanes
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # as torchvision's ResNet
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -350,12 +434,181 @@ class ResNet(nn.Module):
         return x.mean((2, 3))  # (N, num_features)
 
 
-def resnet(arch="resnet18", width=1.0, stem="cifar"):
-    """A ResNet backbone: arch of ARCHS, width multiplies every channel count (SimCLR's 1x, 2x, 4x).
+def resnet(arch="resnet18", width=1.0, stem="cifar", weights=None):
+    """A ResNet backbone: arch of ARCHS, width multiplies all channel counts (SimCLR's 1x, 2x, 4x).
 
     stem: "cifar" (3x3, no max-pool) or "imagenet" (7x7, max-pool); `num_features`: the output size
-    Raises ValueError for an unknown arch or stem, or a width that leaves no channel.
+    weights: a file to begin with, one of our checkpoints or a state dict in torchvision's names
+    Raises ValueError for an unknown arch or stem, or a width that leaves no channel; UserError for
+    weights of another network.
     """
     if arch not in ARCHS or stem not in ("cifar", "imagenet") or round(64 * width) < 1:
         raise ValueError(f"no backbone with arch {arch!r}, width {width} and stem {stem!r}")
-    return ResNet(*ARCHS[arch], width, stem)
+    f = ResNet(*ARCHS[arch], width, stem)
+    if weights:
+        state = load_checkpoint(weights)
+        state = state.get("backbone", state.get("state_dict", state))
+        try:
+            f.load_state_dict({name: x for name, x in state.items() if not name.startswith("fc.")})
+        except RuntimeError as problem:
+            first = str(problem).splitlines()[1].strip()
+            raise UserError(f"{weights} is not a {arch} of width {width:g} with the {stem} stem "
+                            f"(--arch, --width, --stem): {first}") from None
+    return f
+
+
+# ----------------------------------------------------------------------------- files and processes
+class UserError(ValueError):
+    """What the user can mend; the text is one line that says how."""
+
+
+class Processes(NamedTuple):
+    """What torchrun tells this process; alone without torchrun."""
+
+    rank: int        # its number among all
+    world: int       # how many there are
+    local_rank: int  # its number on this machine, which is its GPU's
+
+
+def processes():
+    """This process among those that torchrun started."""
+    return Processes(int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1),
+                     int(os.environ.get("LOCAL_RANK") or 0))
+
+
+def wrap(model, sync_bn, compiled, device):
+    """The model as training calls it: spread over the processes, and compiled.
+
+    sync_bn: whether batch statistics are those of all processes; compiled: None is "if it helps"
+    """
+    network, world = model, processes().world
+    if world > 1:
+        if sync_bn and device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+        network = nn.parallel.DistributedDataParallel(model)
+    if compiled is None:  # Triton is absent on Windows; SyncBatchNorm breaks the graph
+        compiled = (device.type == "cuda" and find_spec("triton")
+                    and not (world > 1 and sync_bn))
+    if compiled:  # CUDA graphs: not tried with DistributedDataParallel
+        mode = "reduce-overhead" if world == 1 else "default"
+        network = torch.compile(network, mode=mode)
+    return network
+
+
+def gather(x):
+    """Rows x (N, ...) of all processes, in the order of their ranks, with gradient.
+
+    For a loss that every process computes of all rows: its own ones carry the gradient, times
+    the number of processes, as DistributedDataParallel will take the mean over them.
+    """
+    if not dist.is_initialized():
+        return x
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach())
+    parts[dist.get_rank()] = x.detach() + len(parts) * (x - x.detach())  # x, to the bit
+    return torch.cat(parts)
+
+
+def choose_device(name):
+    """The device of that name, or the best there is if that is "auto"; a GPU for each process."""
+    kinds = ("cuda", "mps", "cpu") if name == "auto" else (name,)
+    device = torch.device(next(kind for kind in kinds if getattr(torch, kind).is_available()))
+    if device.type == "cuda":
+        torch.cuda.set_device(processes().local_rank)
+        torch.backends.cudnn.benchmark = True  # time each shape's convolutions once, keep the best
+    return device
+
+
+def environment(device):
+    """What a log says of where it was made: the device's name, torch, the commit of this file."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    here = Path(__file__).resolve().parent
+    return {"device": name, "torch": torch.__version__, "commit": subprocess.getoutput(
+        f'git -C "{here}" describe --always --dirty')}
+
+
+def load_checkpoint(path, method=None, args=None, data=None):
+    """Read what torch.save wrote: tensors and plain values only, no code of a file is ever run.
+
+    method, args, data: if given, the run that goes on from it, whose settings must be the same
+    Raises UserError, in one line, for a file that is absent, damaged, or of other settings.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if args is None:
+            return saved
+        theirs = {**saved["args"], "method": saved["method"], "images": saved["images"],
+                  "mean of the pixels": [round(x, 4) for x in saved["mean"].tolist()]}
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}") from None
+    except Exception as problem:  # a damaged file raises whatever the unpickler meets
+        raise UserError(f"{path} is not a whole checkpoint ({type(problem).__name__}): restore it, "
+                        "or begin anew with --overwrite") from None
+    free = ("data_dir", "cache_dir", "workers", "device", "compile", "out", "resume", "overwrite",
+            "save_views", "knn_every", "knn_k", "knn_tau")  # these may change within a run
+    ours = {**vars(args), "method": method, "images": len(data.train_images),
+            "mean of the pixels": [round(x, 4) for x in data.mean.tolist()]}
+    changed = [f"{key} was {theirs[key]} and is {value}" for key, value in ours.items()
+               if key not in free and theirs.get(key, value) != value]
+    if changed:
+        raise UserError(f"{path} was made with other settings: {', '.join(changed)}; a new run may "
+                        f"begin with its weights: --init {path} and another --out")
+    return saved
+
+
+def save_checkpoint(path, state):
+    """Write a temporary file, then rename it: a kill at any moment leaves a whole checkpoint."""
+    part = path.with_suffix(".tmp")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave the name without the bytes
+        os.replace(part, path)
+    except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({problem}): make room, then --resume") from None
+
+
+def restore(model, path):
+    """Load another run's whole model, where it fits; its backbone is the model's already."""
+    weights = load_checkpoint(path).get("model", {})
+    ours = {name: x.shape for name, x in model.state_dict().items()}
+    if {name: x.shape for name, x in weights.items()} == ours:
+        model.load_state_dict(weights)
+
+
+def open_log(path, end, overwrite):
+    """Open and lock a log, and cut it at byte `end`: what was logged and not saved comes again.
+
+    Raises UserError if another process writes to it, or if log and checkpoint are not of one run.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = locked(path, wait=False)
+    if log.seek(0, os.SEEK_END) < end:
+        raise UserError(f"{path} has lost lines: restore it, or begin with --overwrite")
+    log.seek(0)
+    if not end and not overwrite and len(log.readlines()) > 2:  # more than a start that was killed
+        raise UserError(f"{path} has no checkpoint beside it: restore that, or take --overwrite")
+    log.truncate(end)
+    return log
+
+
+def say(text, end="\n", file=None):
+    """Print; go on without an output that was closed or is full."""
+    file = file or sys.stdout
+    try:
+        print(text, end=end, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def with_progress(batches, epoch, steps):
+    """Pass the batches on and say how far it is: on a terminal in place, else once a minute."""
+    terminal, said = sys.stderr.isatty(), time.perf_counter()
+    for step, batch in enumerate(batches, 1):
+        yield batch
+        if time.perf_counter() - said > (0.5 if terminal else 60) and processes().rank == 0:
+            said = time.perf_counter()
+            say(f"epoch {epoch} step {step}/{steps}", "\r" if terminal else "\n", sys.stderr)

@@ -9,12 +9,13 @@ Prints, from one run on one machine, ratios that can be compared where seconds c
   memory            peak of the process, or of the GPU
 On CUDA also FLOP/s and the share of a measured bf16 matrix-product peak.
 
-With --jpegs N it draws N photographs' worth of JPEG files (about 500x375) instead and prints images/s of torchvision's
-ImageFolder with a DataLoader, of decoding them once, and of an epoch streamed from that, each with the peak of anonymous memory.
+With --jpegs N it draws N photographs' worth of JPEG files (of --megapixels 0.2, about 500x375) instead and prints images/s of
+torchvision's ImageFolder with a DataLoader, of decoding them once, and of an epoch streamed from that, each with the peak of
+anonymous memory. --common PATH puts another version of common.py beside: it decodes the same files in turn, twice.
 """
 
 import argparse
-import importlib
+import importlib.util
 import os
 import resource
 import sys
@@ -107,10 +108,12 @@ def usual_loop(module, args, images, device, steps):
                 return 2 * args.batch_size * (steps - 2) / (time.perf_counter() - begun)
 
 
-def draw_jpegs(root, count):
+def draw_jpegs(root, count, megapixels):
     """A folder a class in train/ (nine tenths) and val/: enlarged shapes with grain, of five sizes."""
     images, labels = common.draw_shapes(count)
-    sides = [(375, 500), (500, 375), (333, 500), (400, 400), (480, 640)]
+    scale = (megapixels / 0.1875) ** 0.5
+    sides = [(round(h * scale), round(w * scale)) for h, w in
+             ((375, 500), (500, 375), (333, 500), (400, 400), (480, 640))]
 
     def draw(i):
         path = Path(root, "val" if i % 10 == 9 else "train", common.SHAPES[labels[i]], f"{i}.jpg")
@@ -137,11 +140,19 @@ def measured(name, count, work):
     return rate
 
 
-def folders(count, size=224):
-    with tempfile.TemporaryDirectory() as root:
-        draw_jpegs(root, count)
+def folders(count, megapixels, other, size=224):
+    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as kept:
+        draw_jpegs(root, count, megapixels)
         view = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
-        print(f"{count} JPEG files to {size} pixels, {os.cpu_count()} cores, torch {torch.__version__}")
+        print(f"{count} JPEG files of {megapixels} megapixels to {size} pixels, {os.cpu_count()} cores, torch {torch.__version__}")
+        if other:
+            spec = importlib.util.spec_from_file_location("other", other)
+            spec.loader.exec_module(theirs := importlib.util.module_from_spec(spec))
+            for turn in range(2):
+                rates = [measured(f"{name}, turn {turn + 1}", count, lambda: module.load_dataset("folder", root, size, f"{kept}/{name}{turn}"))
+                         for name, module in (("the other's", theirs), ("ours", common))]
+                print(f"ours is {rates[1] / rates[0]:.2f} times as fast")
+            return
         loaders = [DataLoader(datasets.ImageFolder(f"{root}/{split}", view), 64, num_workers=os.cpu_count()) for split in ("train", "val")]
         measured("torchvision, every epoch", count, lambda: [None for loader in loaders for _ in loader])
         once = measured("decoding once", count, lambda: common.load_dataset("folder", root, size))
@@ -159,9 +170,11 @@ def main():
     parser.add_argument("--batch-size", type=int, help="default: 512 on CUDA, 256 on the CPU")
     parser.add_argument("--images", type=int, help="default: 50000 on CUDA, 2048 on the CPU")
     parser.add_argument("--jpegs", type=int, metavar="N", help="measure a folder of N files instead")
+    parser.add_argument("--megapixels", type=float, default=0.1875, help="of these files")
+    parser.add_argument("--common", metavar="PATH", help="another common.py, to decode with in turn")
     args = parser.parse_args()
     if args.jpegs:
-        return folders(args.jpegs)
+        return folders(args.jpegs, args.megapixels, args.common)
     cuda = args.device == "cuda"
     args.width, args.batch_size = args.width or (1 if cuda else 0.25), args.batch_size or (512 if cuda else 256)
     args.images = args.images or (50000 if cuda else 2048)

@@ -1,6 +1,7 @@
-"""What the tests share: the project on the path, a small folder of images, a short training run, processes that start fast."""
+"""What the tests share: small images and runs, what a run left, processes that start fast."""
 
 import importlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -17,10 +18,51 @@ SCRIPTS = ("simclr", "moco", "simsiam", "simsiam_logo")
 OWN = {"moco": ["--queue", "24", "--bn-splits", "2"]}  # what fits the 40 images of `folder`
 
 
+def picture(h=20, w=20, mode="RGB", seed=0):
+    """A PIL image of a mode, made of random pixels."""
+    pixels = torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed))
+    return to_pil_image(pixels).convert(mode)
+
+
+def refused(capsys, module, argv, *words, status=2):
+    """main(argv) ends with one line of these words on standard error, and with this status."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        module.main(argv)
+    said, code = capsys.readouterr().err, end.value.code
+    del end  # its traceback would keep main's files open, and locked
+    assert code == status and said.startswith("error: ") and said.count("\n") == 1, said
+    assert all(word in said for word in words), said
+
+
+def load(out):
+    """The checkpoint of the run in a folder."""
+    return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
+
+
+def read_log(out):
+    """The lines of the log of the run in a folder: the headers and the epochs."""
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return ([line for line in lines if "args" in line],
+            [line for line in lines if "args" not in line])
+
+
+def equal(a, b):
+    """All tensors and values of two checkpoints, or parts of them, are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
 def fast_start():
-    """A context of multiprocessing: one process has imported torch and the tests, all children are its copies."""
+    """A context of multiprocessing: one process has imported torch, all children are copies."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_distributed", "test_faults"])
+    # torch._dynamo: the first optimizer of a process imports it, for seconds.
+    context.set_forkserver_preload(["torch._dynamo", "test_distributed", "test_resume"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         multiprocessing.forkserver.ensure_running()
@@ -38,7 +80,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def passed_tests_leave_nothing(request, tmp_path):
-    """Removes a passed test's folder at once: the checkpoints of one whole run fill 6 GB."""
+    """Removes a passed test's folder at once: the checkpoints of one whole run fill gigabytes."""
     failed = request.session.testsfailed
     yield
     if request.session.testsfailed == failed:
@@ -67,8 +109,10 @@ def folder(tmp_path_factory):
 
 def small_run(folder, name):
     """The flags of a method's two-epoch run in seconds, but for --out."""
-    return ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "16", "--width", "0.25",
-            "--epochs", "2", "--batch-size", "8", "--device", "cpu", *OWN.get(name, [])]
+    return [
+        "--dataset", "folder", "--data-dir", str(folder), "--image-size", "16",
+        "--width", "0.25", "--epochs", "2", "--batch-size", "8", "--device", "cpu",
+        *OWN.get(name, [])]
 
 
 @pytest.fixture
@@ -81,7 +125,7 @@ def flags(folder, tmp_path):
 
 @pytest.fixture(scope="session")
 def whole_runs(folder, tmp_path_factory):
-    """A function: the folder of a run of a module with `flags` and no others, made once, and what main returned."""
+    """A function: where a run of a module with `flags` alone is, made once, and its end."""
     root, made = tmp_path_factory.mktemp("runs"), {}
 
     def make(module):
@@ -95,7 +139,7 @@ def whole_runs(folder, tmp_path_factory):
 
 @pytest.fixture
 def finished(whole_runs, tmp_path):
-    """A function: put a whole run of a module where `flags` has its --out; returns its last record."""
+    """A function: put a whole run of a module where `flags` has its --out; returns its end."""
     def put(module):
         out, end = whole_runs(module)
         shutil.copytree(out, tmp_path / "run")

@@ -1,6 +1,7 @@
 """Augmentation against torchvision, image by image, and the distributions of 10,000 draws.
 
-The operations are shared text (test_style.py): one module stands for four. Policies are each method's.
+The operations are shared text (test_style.py): one module stands for four. Policies are each
+method's.
 """
 
 import math
@@ -17,7 +18,7 @@ DRAWS = 10_000
 
 
 def pictures(n=12, h=32, w=32):
-    """Random images, with the cases that break colour arithmetic: black, white, grey, pure colours."""
+    """Random images, and what breaks colour arithmetic: black, white, grey, pure colours."""
     x = torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(1))
     x[0], x[1], x[2] = 0, 1, 0.5
     x[3] = x[3, :1]  # a grey picture
@@ -34,7 +35,8 @@ def assert_same_distribution(a, b):
     """Two-sample Kolmogorov-Smirnov at a level of 1e-4."""
     a, b = np.sort(np.asarray(a, float)), np.sort(np.asarray(b, float))
     points = np.concatenate([a, b])
-    gap = np.abs(np.searchsorted(a, points, "right") / len(a) - np.searchsorted(b, points, "right") / len(b))
+    below = [np.searchsorted(x, points, "right") / len(x) for x in (a, b)]
+    gap = np.abs(below[0] - below[1])
     assert gap.max() < 2.23 * math.sqrt((len(a) + len(b)) / (len(a) * len(b)))
 
 
@@ -45,7 +47,8 @@ def test_colour_operations_equal_torchvision(operation):
     for shift in range(12):  # every picture meets every factor
         factor = factors.roll(shift)
         ours = getattr(S, f"adjust_{operation}")(x, factor)
-        assert_same(ours, [getattr(TF, f"adjust_{operation}")(i, f.item()) for i, f in zip(x, factor)])
+        theirs = getattr(TF, f"adjust_{operation}")
+        assert_same(ours, [theirs(i, f.item()) for i, f in zip(x, factor)])
 
 
 def test_identity_factors_change_nothing():
@@ -65,12 +68,15 @@ def test_crop_resize_equals_torchvision(h, w, size):
     draw = torch.Generator().manual_seed(h)
     boxes = [(0, 0, h, w), (0, 0, 1, 1), (h - 1, w - 1, 1, 1), (0, w - 2, h, 2), (h - 3, 0, 3, w)]
     for _ in range(60):
-        height, width = (int(torch.randint(1, side + 1, (1,), generator=draw)) for side in (h, w))
-        top, left = (int(torch.randint(side + 1, (1,), generator=draw)) for side in (h - height, w - width))
+        height, width = (int(torch.randint(1, side + 1, (1,), generator=draw))
+                         for side in (h, w))
+        top, left = (int(torch.randint(side + 1, (1,), generator=draw))
+                     for side in (h - height, w - width))
         boxes.append((top, left, height, width))
     x = torch.rand(len(boxes), 3, h, w, generator=draw)
     ours = S.crop_resize(x, torch.tensor(boxes), size)
-    assert_same(ours, [TF.resized_crop(i, *box, [size, size], antialias=False) for i, box in zip(x, boxes)])
+    assert_same(ours, [TF.resized_crop(i, *box, [size, size], antialias=False)
+                       for i, box in zip(x, boxes)])
 
 
 @pytest.mark.parametrize("size", [65, 96, 224])
@@ -78,7 +84,8 @@ def test_gaussian_blur_equals_torchvision(size):
     x, sigma = pictures(6, size, size), torch.linspace(0.1, 2, 6)
     kernel = 2 * (size // 20) + 1
     assert kernel / size == pytest.approx(0.1, abs=0.03)  # a tenth of the side
-    assert_same(S.gaussian_blur(x, sigma), [TF.gaussian_blur(i, kernel, s.item()) for i, s in zip(x, sigma)])
+    assert_same(S.gaussian_blur(x, sigma),
+                [TF.gaussian_blur(i, kernel, s.item()) for i, s in zip(x, sigma)])
 
 
 def drawn_boxes(monkeypatch, h, w, scale):
@@ -89,32 +96,37 @@ def drawn_boxes(monkeypatch, h, w, scale):
     return seen[0].long()
 
 
-@pytest.mark.parametrize("h, w, scale", [(32, 32, (0.2, 1)), (32, 32, (0.05, 0.4)), (32, 48, (0.08, 1)),
-                                         (64, 8, (0.5, 1)), (8, 64, (0.5, 1))])
+@pytest.mark.parametrize("h, w, scale", [
+    (32, 32, (0.2, 1)), (32, 32, (0.05, 0.4)), (32, 48, (0.08, 1)),
+    (64, 8, (0.5, 1)), (8, 64, (0.5, 1))])
 def test_crops_are_distributed_as_random_resized_crop(monkeypatch, h, w, scale):
     ours = drawn_boxes(monkeypatch, h, w, scale)
     torch.manual_seed(0)
     crop, image = T.RandomResizedCrop(8, scale), torch.empty(3, h, w)
-    theirs = torch.tensor([crop.get_params(image, list(crop.scale), list(crop.ratio)) for _ in range(DRAWS)])
+    theirs = torch.tensor([crop.get_params(image, list(crop.scale), list(crop.ratio))
+                           for _ in range(DRAWS)])
     for axis in range(4):
         assert_same_distribution(ours[:, axis], theirs[:, axis])
     assert_same_distribution(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])
     assert_same_distribution(ours[:, 3] / ours[:, 2], theirs[:, 3] / theirs[:, 2])
-    assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= h).all() and (ours[:, 1] + ours[:, 3] <= w).all()
+    top, left, height, width = ours.unbind(1)
+    assert (ours[:, :2] >= 0).all() and (top + height <= h).all() and (left + width <= w).all()
 
 
 def test_the_crop_that_never_fits_is_the_centre(monkeypatch):
-    """64x8 has no box of half the area with an allowed ratio: torchvision falls back, and so do we."""
+    """64x8 has no box of half the area with an allowed ratio: torchvision's fallback is ours."""
     boxes = drawn_boxes(monkeypatch, 64, 8, (0.9, 1))
     assert (boxes == torch.tensor([(64 - 11) // 2, 0, 11, 8])).all()  # round(8 / (3/4)) = 11 rows
-    assert T.RandomResizedCrop.get_params(torch.empty(3, 64, 8), [0.9, 1], [3 / 4, 4 / 3]) == (26, 0, 11, 8)
+    image, ratio = torch.empty(3, 64, 8), [3 / 4, 4 / 3]
+    assert T.RandomResizedCrop.get_params(image, [0.9, 1], ratio) == (26, 0, 11, 8)
 
 
 def jitter_draws(monkeypatch, n=DRAWS):
     """Factors and order of one color_jitter call, by its operations."""
     seen = []
     for name in ("brightness", "contrast", "saturation", "hue"):
-        monkeypatch.setattr(S, f"adjust_{name}", lambda x, factor, name=name: seen.append((name, factor)) or x)
+        monkeypatch.setattr(S, f"adjust_{name}",
+                            lambda x, factor, name=name: seen.append((name, factor)) or x)
     S.color_jitter(torch.empty(n, 3, 1, 1), 0.4, 0.3, 0.2, 0.1, 0.8)
     return seen
 
@@ -125,9 +137,10 @@ def test_jitter_factors_are_distributed_as_color_jitter(monkeypatch):
     jittered = ours["brightness"] != 1
     assert jittered.float().mean() == pytest.approx(0.8, abs=0.02)
     jitter = T.ColorJitter(0.4, 0.3, 0.2, 0.1)
-    theirs = [T.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-              for _ in range(DRAWS)]
-    for i, (name, identity) in enumerate((("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0))):
+    strengths = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+    theirs = [T.ColorJitter.get_params(*strengths) for _ in range(DRAWS)]
+    identities = ("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0)
+    for i, (name, identity) in enumerate(identities):
         assert (ours[name] != identity).eq(jittered).all()  # an image is jittered in all or in none
         assert_same_distribution(ours[name][jittered], [draw[i + 1] for draw in theirs])
 
@@ -138,26 +151,32 @@ def test_jitter_orders_are_all_drawn_alike(monkeypatch):
     for _ in range(2400):
         order = tuple(name for name, _ in jitter_draws(monkeypatch, 2))
         counts[order] = counts.get(order, 0) + 1
-    assert len(counts) == 24 and min(counts.values()) > 60 and max(counts.values()) < 140  # 100 each
+    assert len(counts) == 24  # each about 100 times
+    assert min(counts.values()) > 60 and max(counts.values()) < 140
 
 
 def test_jitter_equals_torchvision_in_the_drawn_order(monkeypatch):
     """The composition, not only the parts: replay the drawn factors through torchvision."""
     x, steps = pictures(), []
+
+    def noted(name, operation):
+        return lambda x, factor: steps.append((name, factor)) or operation(x, factor)
     for name in ("brightness", "contrast", "saturation", "hue"):
-        real = getattr(S, f"adjust_{name}")
-        monkeypatch.setattr(S, f"adjust_{name}", lambda x, f, name=name, real=real: steps.append((name, f)) or real(x, f))
+        monkeypatch.setattr(S, f"adjust_{name}", noted(name, getattr(S, f"adjust_{name}")))
     ours = S.color_jitter(x, 0.4, 0.4, 0.4, 0.1, 0.8, torch.Generator().manual_seed(3))
     theirs = list(x)
     for name, factor in steps:
-        theirs = [getattr(TF, f"adjust_{name}")(i, f.item()) for i, f in zip(theirs, factor)]
+        operation = getattr(TF, f"adjust_{name}")
+        theirs = [operation(i, f.item()) for i, f in zip(theirs, factor)]
+    assert len(steps) == 4
     assert_same(ours, theirs)
 
 
 def test_flip_and_grey_rates():
     torch.manual_seed(0)
     x = torch.rand(DRAWS, 3, 1, 2)
-    flipped, grey = (S.random_flip(x) != x).flatten(1).any(1), (S.random_grayscale(x, 0.2) != x).flatten(1).any(1)
+    flipped = (S.random_flip(x) != x).flatten(1).any(1)
+    grey = (S.random_grayscale(x, 0.2) != x).flatten(1).any(1)
     assert flipped.float().mean() == pytest.approx(0.5, abs=0.02)
     assert grey.float().mean() == pytest.approx(0.2, abs=0.02)
     flip = S.random_flip(x)
@@ -174,26 +193,38 @@ def test_blur_rate_and_sigma(monkeypatch):
 
 
 POLICIES = {  # scales and grey rate of each method's views
-    "simclr": ([(0.2, 1.0)] * 2, 0.1), "moco": ([(0.08, 1.0)] * 2, 0.2), "simsiam": ([(0.2, 1.0)] * 2, 0.2),
-    "simsiam_logo": ([(0.4, 1.0)] * 2 + [(0.2, 0.4)] * 2, 0.2)}
+    "simclr": ([(0.2, 1.0)] * 2, 0.1),
+    "moco": ([(0.08, 1.0)] * 2, 0.2),
+    "simsiam": ([(0.2, 1.0)] * 2, 0.2),
+    "simsiam_logo": ([(0.4, 1.0)] * 2 + [(0.2, 0.4)] * 2, 0.2),
+}
 
 
 def test_policy(script, monkeypatch):
     """The numbers each policy hands to the operations are its recipe's."""
-    calls = []
-    for name in ("random_resized_crop", "random_flip", "color_jitter", "random_grayscale", "random_blur"):
-        real = getattr(script, name)
-        monkeypatch.setattr(script, name, lambda *a, real=real, name=name, **k: calls.append((name, a[1:])) or real(*a, **k))
+    calls = {}
+
+    def noted(name, operation):
+        def call(x, *rest, **more):
+            calls[name].append(rest)
+            return operation(x, *rest, **more)
+        return call
+    for name in ("random_resized_crop", "random_flip", "color_jitter", "random_grayscale",
+                 "random_blur"):
+        monkeypatch.setattr(script, name, noted(name, getattr(script, name)))
+        calls[name] = []
     scales, grey = POLICIES[script.__name__]
     for size, blurred in ((32, False), (80, True)):
-        calls.clear()
-        views = script.augment(torch.zeros(4, 3, size, size, dtype=torch.uint8), script.parse_args([]))
-        assert len(views) == len(scales)
-        assert [tuple(a[1]) for name, a in calls if name == "random_resized_crop"] == scales
-        assert [a[:5] for name, a in calls if name == "color_jitter"] == [(0.4, 0.4, 0.4, 0.1, 0.8)] * len(views)
-        assert [a[0] for name, a in calls if name == "random_grayscale"] == [grey] * len(views)
-        assert sum(name == "random_flip" for name, _ in calls) == len(views)
-        assert sum(name == "random_blur" for name, _ in calls) == blurred * len(views)
+        for seen in calls.values():
+            seen.clear()
+        x = torch.zeros(4, 3, size, size, dtype=torch.uint8)
+        views = script.augment(x, script.parse_args([]))
+        assert len(views) == len(calls["random_flip"]) == len(scales)
+        assert [tuple(rest[1]) for rest in calls["random_resized_crop"]] == scales
+        jitter = (0.4, 0.4, 0.4, 0.1, 0.8)
+        assert [rest[:5] for rest in calls["color_jitter"]] == [jitter] * len(views)
+        assert [rest[0] for rest in calls["random_grayscale"]] == [grey] * len(views)
+        assert [rest[0] for rest in calls["random_blur"]] == [0.5] * len(views) * blurred
 
 
 def test_views_are_in_range_and_all_different(script):
@@ -208,23 +239,24 @@ def test_views_are_in_range_and_all_different(script):
     assert (torch.cdist(flat, flat) + torch.eye(len(flat))).min() > 0.1
     again = script.augment(x, args, torch.Generator().manual_seed(0))
     other = script.augment(x, args, torch.Generator().manual_seed(1))
-    assert all(a.equal(b) for a, b in zip(views, again)) and not any(a.equal(b) for a, b in zip(views, other))
+    assert all(a.equal(b) for a, b in zip(views, again))
+    assert not any(a.equal(b) for a, b in zip(views, other))
+    with pytest.raises(ValueError, match="colour jitter and grey need uint8 images"):
+        script.augment(x / 255, args)
 
 
-def test_views_inside_autocast_are_those_outside(script):
-    """All orders of the colour operations are met; bf16 would crop with an error of 0.008, or not run."""
-    args, x = script.parse_args(["--image-size", "96"]), pictures(6, 96, 96).mul(255).byte()
+def test_views_inside_autocast_are_those_outside():
+    """All orders of the colour operations; bf16 would crop with an error of 0.008, or not run."""
+    args, x = S.parse_args(["--image-size", "96"]), pictures(6, 96, 96).mul(255).byte()
     for seed in range(12):
         torch.manual_seed(seed)
-        plain = script.augment(x, args)
+        plain = S.augment(x, args)
         torch.manual_seed(seed)
         with torch.autocast("cpu", torch.bfloat16):
-            assert all(map(torch.equal, plain, script.augment(x, args)))
+            assert all(map(torch.equal, plain, S.augment(x, args)))
 
 
-@pytest.mark.parametrize("x", [torch.rand(4, 3, 32, 32), torch.zeros(4, 1, 32, 32, dtype=torch.uint8),
-                               torch.zeros(4, 5, 32, 32, dtype=torch.uint8), torch.zeros(4, 32, 32, 3, dtype=torch.uint8),
-                               torch.zeros(3, 32, 32, dtype=torch.uint8)], ids=["float", "1", "5", "NHWC", "CHW"])
-def test_what_is_not_rgb_pixels_is_refused(script, x):
+@pytest.mark.parametrize("shape", [(4, 1, 32, 32), (4, 5, 32, 32), (4, 32, 32, 3), (3, 32, 32)])
+def test_what_is_not_rgb_pixels_is_refused(shape):
     with pytest.raises(ValueError, match="colour jitter and grey need uint8 images"):
-        script.augment(x, script.parse_args([]))
+        S.unit_range(torch.zeros(shape, dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""Each loss against loops typed from its paper, at its closed forms, in low precision, and its gradients."""
+"""Each loss against loops typed from its paper, its closed forms, low precision, gradients."""
 
 import math
 
@@ -20,7 +20,8 @@ def draw(*shape, seed=0, dtype=torch.float32):
 
 def cos(a, b):
     a, b = a.tolist(), b.tolist()
-    return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+    lengths = math.sqrt(sum(x * x for x in a)), math.sqrt(sum(y * y for y in b))
+    return sum(x * y for x, y in zip(a, b)) / lengths[0] / lengths[1]
 
 
 def naive_nt_xent(z1, z2, tau):
@@ -49,7 +50,8 @@ def test_contrastive_losses_equal_the_papers_loops(shape, tau):
     a, b = draw(*shape), draw(*shape, seed=1)
     assert simclr.nt_xent(a, b, tau).item() == pytest.approx(naive_nt_xent(a, b, tau), rel=2e-5)
     queue = torch.nn.functional.normalize(draw(19, shape[1], seed=2), dim=1)
-    assert moco.info_nce(a, b, queue, tau).item() == pytest.approx(naive_info_nce(a, b, queue, tau), rel=2e-5, abs=1e-6)
+    expected = pytest.approx(naive_info_nce(a, b, queue, tau), rel=2e-5, abs=1e-6)
+    assert moco.info_nce(a, b, queue, tau).item() == expected
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -58,6 +60,33 @@ def test_neg_cosine_equals_the_papers_loop(module, shape):
     p, z = draw(*shape), draw(*shape, seed=1)
     expected = -sum(cos(a, b) for a, b in zip(p, z)) / len(p)
     assert module.neg_cosine(p, z).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("lam", [0, 0.5])
+def test_logo_loss_equals_the_papers_loops(lam):
+    """L_gg between the global views, L_lg from each local to each global one, lam of L_ll."""
+    p, z = ([draw(5, 8, seed=seed + i) for i in range(4)] for seed in (0, 4))
+    l_ll = draw(5, seed=8)
+
+    def d(i, j):
+        return -sum(cos(a, b) for a, b in zip(p[i], z[j])) / 5
+    expected = (d(0, 1) + d(1, 0)) / 2  # no view predicts itself
+    expected += sum(d(local, other) for local in (2, 3) for other in (0, 1)) / 4
+    expected += lam * sum(l_ll.tolist()) / 5
+    ours = simsiam_logo.logo_loss(p, z, l_ll, lam)
+    assert ours.item() == pytest.approx(expected, abs=1e-6) and ours.dtype == torch.float32
+
+
+def test_what_logo_loss_moves():
+    """All predictions and the affinity's logits; targets only without the stop-gradient."""
+    p, z = ([draw(5, 8, seed=seed + i).requires_grad_() for i in range(4)] for seed in (0, 4))
+    l_ll = draw(5, seed=8).requires_grad_()
+    for stop in (True, False):
+        loss = simsiam_logo.logo_loss(p, z, l_ll, 0.5, stop)
+        grads = torch.autograd.grad(loss, [*p, *z, l_ll], allow_unused=True)
+        assert all(grad.abs().max() > 0 for grad in grads[:4])
+        assert [grad is None for grad in grads[4:8]] == [stop, stop, True, True]
+        assert torch.allclose(grads[8], torch.full((5,), 0.5 / 5))
 
 
 def test_affinity_loss_equals_logistic_regression():
@@ -74,32 +103,26 @@ def test_closed_forms(b):
     same = torch.ones(b, 16)
     assert simclr.nt_xent(same, same, 0.5).item() == pytest.approx(math.log(2 * b - 1), rel=1e-6)
     queue = torch.full((3 * b, 16), 0.25)  # unit rows, equal to the keys
-    assert moco.info_nce(same, same, queue, 0.1).item() == pytest.approx(math.log(3 * b + 1), rel=1e-6)
+    ours = moco.info_nce(same, same, queue, 0.1).item()
+    assert ours == pytest.approx(math.log(3 * b + 1), rel=1e-6)
     for module in (simsiam, simsiam_logo):
         assert module.neg_cosine(same, 5 * same).item() == pytest.approx(-1)
         assert module.neg_cosine(same, -same).item() == pytest.approx(1)
 
 
-def test_chance_losses():
-    args = simclr.parse_args(["--batch-size", "64"])
-    assert simclr.chance_loss(args) == pytest.approx(math.log(127))
-    assert moco.chance_loss(moco.parse_args([])) == pytest.approx(2 * math.log(4097))
-    assert moco.chance_loss(moco.parse_args(["--no-symmetric"])) == pytest.approx(math.log(4097))
-    assert simsiam.chance_loss(simsiam.parse_args([])) == 0
-    assert simsiam_logo.chance_loss(simsiam_logo.parse_args([])) == 0
-
-
 @pytest.mark.parametrize("tau", [0.1, 0.5])
 def test_losses_do_not_see_the_scale(tau):
-    a, b, queue = draw(8, 32), draw(8, 32, seed=1), torch.nn.functional.normalize(draw(20, 32, seed=2), dim=1)
-    assert simclr.nt_xent(7 * a, 0.1 * b, tau).item() == pytest.approx(simclr.nt_xent(a, b, tau).item(), rel=1e-5)
-    assert moco.info_nce(7 * a, 0.1 * b, queue, tau).item() == pytest.approx(moco.info_nce(a, b, queue, tau).item(), rel=1e-5)
-    assert simsiam.neg_cosine(7 * a, 0.1 * b).item() == pytest.approx(simsiam.neg_cosine(a, b).item(), abs=1e-6)
+    a, b = draw(8, 32), draw(8, 32, seed=1)
+    queue = torch.nn.functional.normalize(draw(20, 32, seed=2), dim=1)
+    for loss, rest in ((simclr.nt_xent, (tau,)), (moco.info_nce, (queue, tau)),
+                       (simsiam.neg_cosine, ())):
+        plain, scaled = loss(a, b, *rest).item(), loss(7 * a, 0.1 * b, *rest).item()
+        assert scaled == pytest.approx(plain, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_are_finite_and_exact_in_low_precision(dtype):
-    """Features times 1000 in 16 bits under autocast: finite loss and gradients, arithmetic in float32."""
+    """Features times 1000 in 16 bits under autocast: finite, with arithmetic in float32."""
     queue = torch.nn.functional.normalize(draw(40, 64, seed=2), dim=1)
     losses = {simclr.nt_xent: (0.05,), moco.info_nce: (queue, 0.05), simsiam.neg_cosine: ()}
     for loss, rest in losses.items():
@@ -108,7 +131,8 @@ def test_losses_are_finite_and_exact_in_low_precision(dtype):
             low = loss(a, b, *rest)
         low.backward()
         assert low.dtype == torch.float32 and low.isfinite() and a.grad.isfinite().all()
-        assert low.item() == pytest.approx(loss(a.detach().float(), b.detach().float(), *rest).item(), rel=1e-4)
+        full = loss(a.detach().float(), b.detach().float(), *rest)
+        assert low.item() == pytest.approx(full.item(), rel=1e-4)
     huge = 1000 * draw(16).to(dtype)
     assert simsiam_logo.affinity_loss(huge, huge).isfinite()
 
@@ -123,11 +147,13 @@ def test_gradients_are_right_in_float64():
             step = torch.zeros(x.numel(), dtype=x.dtype)
             step[i] = eps
             step = step.view_as(x)
-            grad.view(-1)[i] = (loss(x.detach() + step).double() - loss(x.detach() - step).double()) / (2 * eps)
+            difference = loss(x.detach() + step).double() - loss(x.detach() - step).double()
+            grad.view(-1)[i] = difference / (2 * eps)
         return grad
 
-    for loss in (lambda x: simclr.nt_xent(x, b.detach(), 0.5), lambda x: simclr.nt_xent(b.detach(), x, 0.5),
-                 lambda x: moco.info_nce(x, b.detach(), eye, 0.5), lambda x: simsiam.neg_cosine(x, b.detach())):
+    b = b.detach()
+    for loss in (lambda x: simclr.nt_xent(x, b, 0.5), lambda x: simclr.nt_xent(b, x, 0.5),
+                 lambda x: moco.info_nce(x, b, eye, 0.5), lambda x: simsiam.neg_cosine(x, b)):
         exact, = torch.autograd.grad(loss(a), a)
         assert (exact - numeric(loss, a)).abs().max() < 1e-3  # losses are float32 inside
 
@@ -135,16 +161,20 @@ def test_gradients_are_right_in_float64():
 def test_no_gradient_reaches_target_key_or_queue():
     p, z = draw(4, 6).requires_grad_(), draw(4, 6, seed=1).requires_grad_()
     queue = torch.nn.functional.normalize(draw(5, 6, seed=2), dim=1)
-    for loss in (simsiam.neg_cosine(p, z), simsiam_logo.neg_cosine(p, z), moco.info_nce(p, z, queue, 0.1)):
+    for loss in (simsiam.neg_cosine(p, z), simsiam_logo.neg_cosine(p, z),
+                 moco.info_nce(p, z, queue, 0.1)):
         grad_p, grad_z = torch.autograd.grad(loss, (p, z), allow_unused=True)
         assert grad_p.abs().max() > 0 and grad_z is None
-    assert torch.autograd.grad(simsiam.neg_cosine(p, z, stop_gradient=False), z)[0].abs().max() > 0
-    assert all(grad.abs().max() > 0 for grad in torch.autograd.grad(simclr.nt_xent(p, z, 0.5), (p, z)))
+    free = simsiam.neg_cosine(p, z, stop_gradient=False)
+    assert torch.autograd.grad(free, z)[0].abs().max() > 0
+    both = torch.autograd.grad(simclr.nt_xent(p, z, 0.5), (p, z))
+    assert all(grad.abs().max() > 0 for grad in both)
 
 
 def test_swapping_the_views_changes_nothing():
     a, b = draw(8, 16), draw(8, 16, seed=1)
-    assert simclr.nt_xent(a, b, 0.5).item() == pytest.approx(simclr.nt_xent(b, a, 0.5).item(), rel=1e-6)
+    swapped = pytest.approx(simclr.nt_xent(b, a, 0.5).item(), rel=1e-6)
+    assert simclr.nt_xent(a, b, 0.5).item() == swapped
 
 
 def test_two_batches_of_different_length_are_refused():

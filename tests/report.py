@@ -1,0 +1,236 @@
+"""Logs to tables and curves, so that no number is typed by hand.
+
+    python tests/report.py                                  what the project shows: see OUTPUTS
+    python tests/report.py runs/*/log.jsonl --svg curves.svg      your own runs
+
+OUTPUTS: tests/reference/RESULTS.md (every kept run), tests/reference/curves.svg and the table of
+README.md between its two markers, all from the logs under tests/reference/.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import re
+import statistics
+import sys
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+REFERENCE = ROOT / "tests" / "reference"
+FOLDERS = {
+    "headline": "What do the defaults reach in 200 epochs on CIFAR-10?",
+    "few_epochs": "Does kNN rise within minutes on a CPU? (It says nothing of which method is best.)",
+    "ablations/simsiam_schedule": "Which schedule ends higher, after 30 epochs at a quarter of the "
+                                  "width? (PLAN.md; arms a, b, ... as there)"}
+METHODS = {  # idea, published kNN at 200 epochs and batch 512, its source
+    "simclr": ("all other views of the batch are negatives", "82.8-84.8",
+               "[lightly](https://docs.lightly.ai/self-supervised-learning/getting_started/"
+               "benchmarks.html), tables of 2022 and today"),
+    "moco": ("queued keys of a slow copy are negatives", "84.7-85.3",
+             "lightly; [the authors' demo](https://colab.research.google.com/github/"
+             "facebookresearch/moco/blob/colab-notebook/colab/moco_cifar10_demo.ipynb)"),
+    "simsiam": ("a predictor and a stop-gradient, no negatives", "76.4-81.7",
+                "lightly, tables of today and 2023"),
+    "simsiam_logo": ("SimSiam with two local views more", "87.7",
+                     "the paper, quoted second-hand; its epochs and k are not known")}
+COLORS = {"simclr": "#0072b2", "moco": "#009e73", "simsiam": "#d55e00", "simsiam_logo": "#cc79a7"}
+
+
+def read(path):
+    """A log as (its first header, its epochs); torn and repeated lines count once."""
+    headers, epochs = [], {}
+    for line in Path(path).read_text().splitlines():
+        record = json.loads(line)
+        if "epoch" in record:
+            epochs[record["epoch"]] = record
+        else:
+            headers.append(record)
+    return headers[0], [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def method(path, header):
+    """The script that wrote a log: by its header, or by the file's name if that is older."""
+    names = [name for name in METHODS if Path(path).stem.startswith(name)]
+    return header.get("method") or max(names, key=len)
+
+
+def command(name, args):
+    """What was typed, but for places and what only the machine asks for."""
+    defaults = vars(importlib.import_module(name).parse_args([]))
+    places = ("out", "seed", "workers", "cache_dir", "resume", "overwrite", "save_views", "device")
+    words = [f"python {name}.py"]
+    for key, value in args.items():
+        flag = "--" + key.replace("_", "-")
+        if key not in defaults or key in places or value == defaults[key]:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-"))
+        else:
+            several = value if isinstance(value, list) else [value]
+            words.append(" ".join([flag, *map(str, several)]))
+    return " ".join(words)
+
+
+def last(epochs):
+    """The kNN accuracy of the last epoch that has one."""
+    return [record["knn"] for record in epochs if record.get("knn") is not None][-1]
+
+
+def minutes(epochs):
+    """Training and monitoring, as logged."""
+    return sum(record.get("seconds") or 0 for record in epochs[1:]) / 60 + sum(
+        record.get("knn_seconds") or 0 for record in epochs) / 60
+
+
+def spread(values, digits=1):
+    """One value, or the mean with the lowest and the highest."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    low, high = min(values), max(values)
+    return f"{statistics.mean(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def runs(folder):
+    """The logs of a folder that are of one command, seeds apart: (name, command) to a list."""
+    groups = {}
+    for path in sorted((REFERENCE / folder).glob("*.jsonl")):
+        if path.name.startswith("linear_eval"):
+            continue
+        header, epochs = read(path)
+        name = method(path, header)
+        groups.setdefault((name, command(name, header["args"])), []).append((path, header, epochs))
+    return groups
+
+
+def results():
+    """RESULTS.md."""
+    out = ["# Results", "", "Made by `python tests/report.py` from the logs in these folders: kNN in "
+           "percent after the last epoch, mean (lowest-highest) over seeds.", ""]
+    for folder, question in FOLDERS.items():
+        groups = runs(folder)
+        if not groups:
+            continue
+        out += [f"## {folder}", "", question, "",
+                "| command | seeds | epochs | kNN | std | minutes | device | commit | logs |",
+                "|---|---|---|---|---|---|---|---|---|"]
+        for (_, typed), found in groups.items():
+            ends = [epochs[-1] for _, _, epochs in found]
+            total = found[0][1]["args"]["epochs"]
+            done = "/".join(sorted({str(end["epoch"]) for end in ends}))
+            cells = [
+                f"`{typed}`", " ".join(str(header["args"]["seed"]) for _, header, _ in found),
+                str(total) if done == str(total) else f"{done} of {total}: unfinished",
+                spread([last(epochs) for _, _, epochs in found]),
+                spread([end["std"] for end in ends], 2),
+                spread([minutes(epochs) for _, _, epochs in found], 0),
+                ", ".join(sorted({header["device"] for _, header, _ in found})),
+                ", ".join(sorted({str(header["commit"]) for _, header, _ in found})),
+                " ".join(path.name for path, _, _ in found)]
+            out.append("| " + " | ".join(cells) + " |")
+        out.append("")
+    return "\n".join(out)
+
+
+def table():
+    """README's table of the methods."""
+    out = ["| method | what keeps the constant solution away | kNN here | published | linear here "
+           "| minutes | command |", "|---|---|---|---|---|---|---|"]
+    judged = {}
+    for path in sorted((REFERENCE / "headline").glob("linear_eval_*.jsonl")):
+        record = json.loads(path.read_text().splitlines()[0])
+        judged[record["method"]] = f"{record['top1']:.1f}"
+    found = {name: group for (name, _), group in runs("headline").items()}
+    for name, (idea, published, source) in METHODS.items():
+        knn = took = "-"
+        if name in found:
+            ends, (path, header, _) = [last(epochs) for _, _, epochs in found[name]], found[name][0]
+            mark = " (JPEG copy)" if path.stem.endswith("_jpeg") else ""
+            device = re.sub(r"NVIDIA | 80GB HBM3", "", header["device"])
+            knn = f"{spread(ends)}{mark}"
+            took = f"{spread([minutes(e) for _, _, e in found[name]], 0)} ({device})"
+        out.append(f"| `{name}.py` | {idea} | {knn} | {published}: {source} | "
+                   f"{judged.get(name, '-')} | {took} | `python {name}.py` |")
+    return "\n".join(out)
+
+
+def svg(curves, dashed=()):
+    """Curves (label, color, [(epoch, kNN)]) and dashed lines (label, color, kNN) as plain SVG."""
+    width, height, left, bottom, right = 720, 400, 46, 40, 170
+    epochs = max(epoch for *_, points in curves for epoch, _ in points)
+    values = [knn for *_, points in curves for _, knn in points] + [knn for *_, knn in dashed]
+    low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
+
+    def at(epoch, knn):
+        x = left + (width - left - right) * epoch / max(epochs, 1)
+        return x, height - bottom - (height - bottom - 16) * (knn - low) / max(high - low, 1)
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+           'font-family="sans-serif" font-size="12">',
+           "<style>text{fill:#24292f}.axis{stroke:#8c959f}"
+           "@media(prefers-color-scheme:dark){text{fill:#d0d7de}}</style>"]
+    for knn in range(low, high + 1, 10):
+        x, y = at(0, knn)
+        out += [f'<line class="axis" x1="{x}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" '
+                'stroke-opacity=".3"/>', f'<text x="{x - 26}" y="{y + 4:.1f}">{knn}</text>']
+    for part in range(5):
+        x, y = at(epochs * part / 4, low)
+        out.append(f'<text x="{x - 8:.1f}" y="{y + 18:.1f}">{epochs * part / 4:g}</text>')
+    out.append(f'<text x="{left}" y="{height - 6}">epoch; kNN accuracy in percent</text>')
+    labels = []
+    for label, color, points in curves:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
+        out.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        labels.append((at(*points[-1])[1], f"{label} {points[-1][1]:.1f}", color))
+    for label, color, knn in dashed:
+        y = at(0, knn)[1]
+        out.append(f'<line x1="{left}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" '
+                   f'stroke="{color}" stroke-dasharray="5 4"/>')
+        labels.append((y, f"{label} {knn:.1f}", color))
+    free = 0.0
+    for y, text, color in sorted(labels):
+        free = max(free + 14, y)  # no label over another
+        out += [f'<rect x="{width - right + 8}" y="{free - 4:.1f}" width="8" height="8" '
+                f'fill="{color}"/>', f'<text x="{width - right + 20}" y="{free + 4:.1f}">'
+                f"{escape(text)}</text>"]
+    return "\n".join([*out, "</svg>", ""])
+
+
+def curve(epochs):
+    return [(record["epoch"], record["knn"]) for record in epochs if record.get("knn") is not None]
+
+
+def headline_svg():
+    """The 200-epoch runs and what is published for them."""
+    found = {name: group for (name, _), group in runs("headline").items()}
+    curves = [(f"{name}.py", COLORS[name], curve(group[0][2])) for name, group in found.items()]
+    dashed = [(f"{name}, published", COLORS[name], float(METHODS[name][1].split("-")[-1]))
+              for name in found]
+    return svg(curves, dashed)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("logs", nargs="*", help="your logs (default: the project's)")
+    parser.add_argument("--svg", default="curves.svg", help="where your curves are drawn")
+    args = parser.parse_args(argv)
+    if args.logs:
+        colors = [*COLORS.values()]
+        curves = [(Path(path).parent.name, colors[i % len(colors)], curve(read(path)[1]))
+                  for i, path in enumerate(args.logs)]
+        Path(args.svg).write_text(svg(curves))
+        for label, _, points in curves:
+            print(f"{label}: {points[-1][1]:.2f} after epoch {points[-1][0]}")
+        return
+    (REFERENCE / "RESULTS.md").write_text(results())
+    (REFERENCE / "curves.svg").write_text(headline_svg())
+    readme = ROOT / "README.md"
+    text = re.sub(r"(?s)(<!-- results -->\n).*(<!-- /results -->)",
+                  lambda found: f"{found[1]}{table()}\n{found[2]}", readme.read_text())
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
