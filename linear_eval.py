@@ -13,8 +13,7 @@ its classes; nothing is chosen by them. The kNN is of the backbone before any tr
 CHECKPOINT: one of the four scripts', or a file with a ResNet's weights in torchvision's
 names or numbered, as in a Sequential. What no ResNet has, such as a head, is left out.
 
-Different from the papers: a batch norm without affine stands before the classifier, as in
-MAE (2111.06377, App. A), since features differ by orders of magnitude between methods.
+Different from the papers: a batch norm without affine before the classifier [MAE App. A].
 """
 
 # =================== 1. Imports ===================
@@ -23,9 +22,7 @@ import importlib.util
 import json
 import math
 import os
-import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +35,8 @@ from torch import nn
 from torchvision import transforms
 from torchvision.utils import save_image
 
-from common import ARCHS, DATASETS, batches, load_dataset, normalize, resnet
+from common import (ARCHS, DATASETS, batches, choose_device, environment, load_checkpoint,
+                    load_dataset, normalize, resnet, say)
 
 RECIPES = {  # epochs, learning rate at batch 256, weight decay
     "linear": (1000, None, None),  # iterations at most [ours, measured: SimSiam took 800]
@@ -54,15 +52,8 @@ RESNET = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # all it has,
 # =================== 2. Options ===================
 def fail(message, status=2):
     """End the program with one line on standard error."""
-    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")  # one write: lines never mix
+    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")  # in one piece
     raise SystemExit(status)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that ends wrong input with one line."""
-
-    def error(self, message):
-        fail(message)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -80,14 +71,16 @@ def number(kind, low, high):
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
-    parse.__name__ = "whole number" if kind is int else "number"  # "invalid whole number value"
+    parse.__name__ = "whole number" if kind is int else "number"  # for argparse's message
     return parse
 
 
 def parse_args(argv=None):
     """Read the flags; make all checks that need no file; end wrong ones in one line."""
-    parser = Parser(description="Judge a backbone on images.", formatter_class=Help,
-                    usage="%(prog)s CHECKPOINT [flags]", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Judge a backbone on images.", formatter_class=Help,
+        usage="%(prog)s CHECKPOINT [flags]", allow_abbrev=False)
+    parser.error = fail
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="ours or foreign weights")
     count, rate = number(int, 1, 10**6), number(float, 1e-8, 1e3)
     add = parser.add_argument_group("judge").add_argument
@@ -97,19 +90,19 @@ def parse_args(argv=None):
     add("--weight-decay", type=number(float, 0, 1), help="(default: 0, scratch 5e-4)")
     add("--augment", action="store_true", help="random crops in linear mode too")
     add("--label-fraction", type=number(float, 1e-6, 1), default=1.0, help="a class")
-    add("--head-layers", type=number(int, 0, 10), default=0,
-        help="layers of the projector to keep [SimCLR v2 Sec. 2]")
+    add("--head-layers", type=number(int, 0, 10), default=0, help="kept [SimCLR v2 Sec. 2]")
     add("--knn", type=count, nargs="*", default=[1, 5, 20, 200], help="neighbours")
     add("--knn-tau", type=rate, default=0.1, help="of the votes [MoCo CIFAR demo]")
     add = parser.add_argument_group("data, if not the checkpoint's").add_argument
     add("--dataset", choices=DATASETS, help="another than in pre-training: transfer")
     add("--data-dir", help="where it lies or is downloaded to")
     add("--cache-dir", help="of a folder's decoded images (default: in --data-dir)")
+    add("--skip-broken", action="store_true", help="go on without files that cannot be read")
+    add("--max-pixels", type=count, help="of a file (default: Pillow's limit)")
     add("--image-size", type=number(int, 8, 4096), help="pixels")
     add("--mean", type=number(float, -10, 10), nargs=3, help="of the pixels in [0, 1]")
     add("--std", type=number(float, 1e-6, 10), nargs=3, help="likewise")
-    add("--workers", type=count, default=min(8, os.cpu_count() or 1),
-        help="threads that gather images that do not fit on the device")
+    add("--workers", type=count, default=min(8, os.cpu_count() or 1), help="threads")
     add = parser.add_argument_group("network, if not the checkpoint's").add_argument
     add("--arch", choices=ARCHS, help="backbone (default for foreign weights: resnet18)")
     add("--width", type=number(float, 0.25, 16), help="times every channel count")
@@ -151,21 +144,7 @@ def read_weights(path, prefix=""):
     prefix: what the backbone's name ends with, if foreign weights hold several
     Raises OSError or ValueError, in one line, for other files; never runs a file's code.
     """
-    with open(path, "rb") as file:
-        start = file.read(10)
-    if start == b"version ht":
-        raise ValueError(f"{path} is a pointer of Git LFS: git lfs pull brings the file")
-    if start[8:] == b'{"':
-        raise ValueError(f"{path} is a safetensors file: read it with safetensors.torch."
-                         "load_file, write that with torch.save")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # a damaged file raises whatever the unpickler meets
-        kind, cause = re.search(r"GLOBAL (\S+)", str(problem)), type(problem).__name__
-        if kind:
-            cause = (f"it holds a {kind[1]}: if you trust its maker, load it with weights_only="
-                     "False and torch.save its weights alone")
-        raise ValueError(f"{path} is not a file of weights ({cause})") from None
+    saved = load_checkpoint(path)
     if isinstance(saved, dict) and all(
             isinstance(saved.get(part), dict) for part in ("backbone", "model", "args")):
         return saved["backbone"], saved
@@ -190,17 +169,6 @@ def read_weights(path, prefix=""):
         print(f"left out, as no ResNet has it: {', '.join(others)}", file=sys.stderr)
     split = ((*key.partition("."), x) for key, x in tensors.items())
     return {modules[name] + dot + rest: x for name, dot, rest, x in split if modules[name]}, {}
-
-
-def load_backbone(weights, arch, width, stem):
-    """A backbone with exactly these weights; ValueError lists what differs."""
-    f = resnet(arch, width, stem)
-    try:
-        f.load_state_dict(weights)
-    except RuntimeError as problem:
-        raise ValueError(f"not the weights of a {arch} of width {width:g} with the {stem} stem "
-                         f"(--arch, --width, --stem): {str(problem)[:600]}") from None
-    return f
 
 
 def load_head(saved, count):
@@ -247,19 +215,18 @@ def features(f, images, mean, std, batch_size, autocast):
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1):
-    """Percent of queries whose k nearest of the bank elect the right class, Wu et al. 1805.01978.
+    """Percent of queries whose k nearest elect the right class, Wu et al. 1805.01978.
 
     bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
     Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
     """
-    right, k, chunk = 0, min(k, len(bank)), max(1, 2**25 // len(bank))  # 128 MiB of cosines
+    bank, k, right = bank.float(), min(k, len(bank)), 0  # the bank is large: no second copy
+    length, chunk = bank.norm(dim=1).clamp(min=1e-12), max(1, 2**25 // len(bank))
     for query, label in zip(queries.split(chunk), labels.split(chunk)):
-        query = F.normalize(query.float(), dim=1)
-        parts = [query @ F.normalize(part.float(), dim=1).T for part in bank.split(2**16)]
-        cosine, index = torch.cat(parts, 1).topk(k, dim=1)  # (chunk, k)
-        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no underflow
-        votes = vote.new_zeros(len(query), num_classes)
-        votes.scatter_add_(1, bank_labels[index], vote)
+        cosine = (F.normalize(query.float(), dim=1) @ bank.T).div_(length)  # 128 MiB at most
+        cosine, index = cosine.topk(k, dim=1)  # (chunk, k)
+        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no overflow
+        votes = vote.new_zeros(len(vote), num_classes).scatter_add_(1, bank_labels[index], vote)
         right = right + (votes.argmax(1) == label).sum()
     return 100 * right.item() / len(queries)
 
@@ -326,20 +293,6 @@ def write_projector(out, queries, images, labels, classes):
 
 
 # =================== 6. Training ===================
-def commit():
-    """The commit of these files, "-dirty" if changed since, None outside a checkout."""
-    return subprocess.run("git describe --always --dirty", shell=True, capture_output=True,
-                          cwd=Path(__file__).parent, text=True).stdout.strip() or None
-
-
-def say(*words):
-    """Print a line; if it cannot be (`| head`, a full disk), go on without."""
-    try:
-        print(*words, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
-
-
 def fit(head, bank, labels, iterations):
     """Logistic regression by L-BFGS with scikit-learn's default penalty: no rate to tune.
 
@@ -347,8 +300,7 @@ def fit(head, bank, labels, iterations):
     """
     norm, linear = head.eval()
     var, norm.running_mean = bank.var(0, unbiased=False), bank.mean(0)
-    norm.eps = 1e-30  # at any scale
-    norm.running_var = var.clamp(min=1e-12 * var.max() + 1e-30)
+    norm.eps, norm.running_var = 1e-30, var.clamp(min=1e-12 * var.max() + 1e-30)  # any scale
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, tolerance_change=0,
                                   max_eval=2 * iterations, line_search_fn="strong_wolfe")
 
@@ -372,9 +324,8 @@ def train(network, head, keep, data, args, recipe, autocast):
     # Few labels: at least 16 steps an epoch, or 1 % of CIFAR-10 would be two.
     batch = min(args.batch_size, max(8, len(keep) // 16), len(keep))
     steps, frozen = len(keep) // batch, args.mode == "linear"
-    crop_and_flip = transforms.Compose([  # of 8 to 100 % [SimCLR App. B.5]
-        transforms.RandomResizedCrop(data.train_images.shape[3]),
-        transforms.RandomHorizontalFlip()])
+    crop = transforms.RandomResizedCrop(data.train_images.shape[3])  # [SimCLR App. B.5]
+    crop_and_flip = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
     network.requires_grad_(not frozen)
     parameters = [*head.parameters(), *(() if frozen else network.parameters())]
     optimizer = torch.optim.SGD(parameters, lr * batch / 256, 0.9,  # linear scaling, 1706.02677
@@ -413,7 +364,7 @@ def classify(network, bank, queries, keep, data, args, autocast):
     linear = nn.Linear(bank.shape[1], len(data.classes))
     nn.init.zeros_(linear.weight)  # a channel that is 0 in all of training has no effect
     nn.init.zeros_(linear.bias)
-    norm = nn.BatchNorm1d(bank.shape[1], 1e-12, affine=False)  # [MAE App. A]
+    norm = nn.BatchNorm1d(bank.shape[1], 1e-12, affine=False)  # methods differ in scale
     head = nn.Sequential(norm, linear).to(bank.device)
     if kind == "linear":
         fit(head, bank, data.train_labels[keep], recipe[0])
@@ -436,8 +387,7 @@ def classify(network, bank, queries, keep, data, args, autocast):
 def main(argv=None):
     """Judge as the flags say: write the numbers as JSON, print and return them."""
     args, begin = parse_args(argv), time.perf_counter()
-    device = torch.device(next(kind for kind in ("cuda", "mps", "cpu") if args.device in
-                               (kind, "auto") and getattr(torch, kind).is_available()))
+    device = choose_device(args.device)
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
     torch.manual_seed(args.seed)
@@ -447,7 +397,7 @@ def main(argv=None):
         arch, width = args.arch or pretrain["arch"], args.width or pretrain["width"]
         small = weights["conv1.weight"].shape[-1] == 3  # a CIFAR stem
         stem = args.stem or ("cifar" if small else "imagenet")
-        f, before = load_backbone(weights, arch, width, stem), "pre-trained backbone"
+        f, before = resnet(arch, width, stem, weights), "pre-trained backbone"
         if args.mode == "scratch":
             f, before = resnet(arch, width, stem), "random backbone"
         network = nn.Sequential(f, *load_head(saved, args.head_layers))
@@ -464,12 +414,11 @@ def main(argv=None):
             try:
                 tempfile.TemporaryFile(dir=folder).close()  # before the work
             except OSError as problem:
-                raise ValueError(f"cannot write to {folder} ({problem.strerror}): choose another "
-                                 "place, for the results with --out") from None
-        data = load_dataset(name, data_dir, size, args.cache_dir or known["cache_dir"], device)
-        if data.train_labels is None and args.mode != "linear":
-            raise ValueError(f"--mode {args.mode} needs labels: train/ and test/ or val/, "
-                             "with a folder a class")
+                raise ValueError(f"cannot write to {folder} ({problem}): try --out") from None
+        data = load_dataset(name, data_dir, size, args.cache_dir or known["cache_dir"], device,
+                            args.skip_broken, args.max_pixels)
+        if data.test_labels is None and args.mode != "linear":
+            raise ValueError(f"--mode {args.mode} needs labels: a folder a class")
     except (OSError, ValueError) as problem:
         fail(problem)
     mean, std = (torch.as_tensor(x, device=device) for x in (
@@ -483,8 +432,8 @@ def main(argv=None):
     if not (bank.isfinite().all() and test[0].isfinite().all()):
         fail("features are not finite: broken weights, or try --precision fp32", status=1)
 
-    results, keep, line = {}, (), "no labels: no accuracies"
-    if data.train_labels is not None:
+    results, keep, line = {}, (), "no labels to test on: no accuracies"
+    if data.test_labels is not None:
         keep = few_labels(data.train_labels.cpu(), args.label_fraction, args.seed)
         kept = bank if args.label_fraction == 1 else bank[keep]
         knn = {f"knn{k}": knn_accuracy(kept, data.train_labels[keep], test[0], test[2],
@@ -496,14 +445,11 @@ def main(argv=None):
     record = {**results, "networks": {"top1": args.mode, "knn": before}, "args": vars(args),
               "method": saved.get("method"), "epoch": saved.get("epoch"), "labels": len(keep),
               "images": len(data.train_images), "test_images": len(data.test_images),
-              "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
               "precision": "bf16" if bf16 else "fp32", "features": bank.shape[1],
-              "torch": torch.__version__, "commit": commit(),
-              "seconds": time.perf_counter() - begin}
+              **environment(device), "seconds": time.perf_counter() - begin}
     images = Path(data_dir).resolve().name if name == "folder" else name
-    parts = ((Path(args.checkpoint).stem, not saved), (args.mode, True),
-             ("augment", args.augment), (images, True),
-             (f"{args.label_fraction:g}", args.label_fraction < 1),
+    parts = ((Path(args.checkpoint).stem, not saved), (args.mode, True), ("augment", args.augment),
+             (images, True), (f"{args.label_fraction:g}", args.label_fraction < 1),
              (f"head{args.head_layers}", args.head_layers), (f"seed{args.seed}", args.seed))
     result = "_".join(["eval", *(part for part, differs in parts if differs)]) + ".json"
     outputs = {
