@@ -6,6 +6,7 @@ Images stay uint8 (N, 3, H, W) until they are on the device, where a 32x32 set l
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -123,7 +124,7 @@ def locked(path, wait=True):
         if not wait:
             file.close()
             raise UserError(f"another process writes to {path}: choose another --out") from None
-        print("waiting for", Path(path).read_text().strip() or "another", "at", path, flush=True)
+        say(f"waiting for {Path(path).read_text().strip() or 'another'} at {path}")
         fcntl.flock(file, fcntl.LOCK_EX)
     except (OSError, AttributeError):
         pass  # some network file systems have no such locks, nor has Windows
@@ -153,8 +154,8 @@ def _read_folder(root, size, cache_dir, skip_broken):
                     for file in tree[part, name]] for part in ("train", top))
     if FIRST:
         said = ", ".join(f"{n} {why}" for why, n in (+left).most_common(20)) or "nothing"
-        print(f"{root}: {len(train)} images of {len(classes) * labelled} classes to train on, "
-              f"{len(test)} of {top} to test on; left out: {said}", flush=True)
+        say(f"{root}: {len(train)} images of {len(classes) * labelled} classes to train on, "
+            f"{len(test)} of {top} to test on; left out: {said}")
     place = "-" + hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]  # if names are equal
     cache = Path(cache_dir or root, f"{root.resolve().name}-{size}{place if cache_dir else ''}.npy")
     images, unread = _decoded([file for _, file in train + test], root, size, cache)
@@ -164,7 +165,7 @@ def _read_folder(root, size, cache_dir, skip_broken):
         raise UserError(f"cannot read {len(broken)} of {len(files)} images: {said}: mend or "
                          "remove them, or try --skip-broken, or for large ones --max-pixels N")
     if broken and FIRST:
-        print(f"left out {len(broken)} that cannot be read: {said}", flush=True)
+        say(f"left out {len(broken)} that cannot be read: {said}")
     train, test = ([pair for pair in part if pair[1] not in broken] for part in (train, test))
     if not train:
         raise UserError(f"no images in {root / 'train' if split else root}")
@@ -276,7 +277,7 @@ def _decode(files, keys, size, path):
                 if time.perf_counter() - shown > 5:
                     shown = time.perf_counter()
                     left = (shown - start) * (len(files) / done - 1)
-                    print(f"decoded {done} of {len(files)} images, {left:.0f} s left", flush=True)
+                    say(f"decoded {done} of {len(files)} images, {left:.0f} s left")
             np.save(out, np.frombuffer(b"".join(kept), "V16"))
             out.seek(0)
             np.lib.format.write_array_header_1_0(out, {
@@ -438,22 +439,22 @@ def resnet(arch="resnet18", width=1.0, stem="cifar", weights=None):
     """A ResNet backbone: arch of ARCHS, width multiplies all channel counts (SimCLR's 1x, 2x, 4x).
 
     stem: "cifar" (3x3, no max-pool) or "imagenet" (7x7, max-pool); `num_features`: the output size
-    weights: a file to begin with, one of our checkpoints or a state dict in torchvision's names
+    weights: a state dict in torchvision's names, or a file that has one, or a checkpoint of ours
     Raises ValueError for an unknown arch or stem, or a width that leaves no channel; UserError for
     weights of another network.
     """
     if arch not in ARCHS or stem not in ("cifar", "imagenet") or round(64 * width) < 1:
         raise ValueError(f"no backbone with arch {arch!r}, width {width} and stem {stem!r}")
     f = ResNet(*ARCHS[arch], width, stem)
-    if weights:
-        state = load_checkpoint(weights)
-        state = state.get("backbone", state.get("state_dict", state))
+    if weights is not None:
+        if not isinstance(weights, dict):
+            saved = load_checkpoint(weights)
+            weights = saved.get("backbone", saved.get("state_dict", saved))
         try:
-            f.load_state_dict({name: x for name, x in state.items() if not name.startswith("fc.")})
+            f.load_state_dict({key: x for key, x in weights.items() if not key.startswith("fc.")})
         except RuntimeError as problem:
-            first = str(problem).splitlines()[1].strip()
-            raise UserError(f"{weights} is not a {arch} of width {width:g} with the {stem} stem "
-                            f"(--arch, --width, --stem): {first}") from None
+            raise UserError(f"not the weights of a {arch} of width {width:g} with the {stem} stem "
+                            f"(--arch, --width, --stem): {str(problem)[:600]}") from None
     return f
 
 
@@ -543,8 +544,19 @@ def load_checkpoint(path, method=None, args=None, data=None):
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except Exception as problem:  # a damaged file raises whatever the unpickler meets
-        raise UserError(f"{path} is not a whole checkpoint ({type(problem).__name__}): restore it, "
-                        "or begin anew with --overwrite") from None
+        kind, cause = re.search(r"GLOBAL (\S+)", str(problem)), type(problem).__name__
+        start = b""
+        with suppress(OSError), open(path, "rb") as file:
+            start = file.read(10)
+        if kind:
+            cause = (f"it holds a {kind[1]}: if you trust its maker, load it with weights_only="
+                     "False and torch.save its weights alone")
+        elif start == b"version ht":
+            cause = "a pointer of Git LFS: git lfs pull brings the file"
+        elif start[8:] == b'{"':
+            cause = "safetensors: read it with safetensors.torch.load_file, then torch.save it"
+        raise UserError(f"{path} is not a file of weights, or was cut ({cause}): restore it; a run "
+                        "begins anew with --overwrite") from None
     free = ("data_dir", "cache_dir", "workers", "device", "compile", "out", "resume", "overwrite",
             "save_views", "knn_every", "knn_k", "knn_tau")  # these may change within a run
     ours = {**vars(args), "method": method, "images": len(data.train_images),
@@ -595,20 +607,21 @@ def open_log(path, end, overwrite):
     return log
 
 
-def say(text, end="\n", file=None):
-    """Print; go on without an output that was closed or is full."""
-    file = file or sys.stdout
+def say(text, end="\n"):
+    """Print; go on without a standard output that was closed or is full."""
     try:
-        print(text, end=end, file=file, flush=True)
+        print(text, end=end, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        sys.stdout = open(os.devnull, "w")
 
 
 def with_progress(batches, epoch, steps):
     """Pass the batches on and say how far it is: on a terminal in place, else once a minute."""
-    terminal, said = sys.stderr.isatty(), time.perf_counter()
+    said, end, pause = time.perf_counter(), "\n", 60
+    if sys.stdout.isatty():
+        end, pause = "\r", 0.5
     for step, batch in enumerate(batches, 1):
         yield batch
-        if time.perf_counter() - said > (0.5 if terminal else 60) and processes().rank == 0:
+        if time.perf_counter() - said > pause and processes().rank == 0:
             said = time.perf_counter()
-            say(f"epoch {epoch} step {step}/{steps}", "\r" if terminal else "\n", sys.stderr)
+            say(f"epoch {epoch} step {step}/{steps}", end)

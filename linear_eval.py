@@ -1,24 +1,19 @@
-"""Judge a backbone: linear, fine-tuned or from scratch, all or few labels, kNN, pictures, export.
+"""Judge a backbone: linear, fine-tuned, from scratch, few labels, kNN, pictures, export.
 
     python linear_eval.py runs/simclr/checkpoint.pt
-    python linear_eval.py resnet50.pth --arch resnet50 --dataset folder --data-dir imagenet100
+    python linear_eval.py resnet50.pth --arch resnet50 --dataset folder --data-dir images
 
---mode linear    a linear classifier on the frozen backbone: evaluation mode, no gradient, so that
-                 its weights and batch norm buffers keep every bit. Features of an image are
-                 computed once and the classifier fitted by L-BFGS, which has no rates to tune;
-                 --augment trains it by SGD on random crops and flips instead.
+--mode linear    a classifier on the frozen backbone, which keeps every bit: by L-BFGS on
+                 features computed once, or with --augment by SGD on random crops.
 --mode finetune  backbone and classifier are trained together, from the checkpoint.
 --mode scratch   the same network from random weights: the supervised baseline.
 
-Accuracies are percent of the whole test set after the last epoch; nothing is chosen by them. The
-kNN table is of the backbone before any training here; --label-fraction hides labels from it too.
+Accuracies are percent of the whole test set after the last epoch, `balanced` the mean over
+its classes; nothing is chosen by them. The kNN is of the backbone before any training here.
+CHECKPOINT: one of the four scripts', or a file with a ResNet's weights in torchvision's
+names or numbered, as in a Sequential. What no ResNet has, such as a head, is left out.
 
-CHECKPOINT is one of the four scripts', or any file of weights in torchvision's names: a plain
-state dict or {"state_dict": ...}, with --prefix cut off; what is under fc. is a head and left out.
-
-Differences from the papers:
-- The classifier has a batch norm without affine in front, as in MAE (He et al. 2111.06377, App. A):
-  features differ by orders of magnitude between methods, and one setting must fit all.
+Different from the papers: a batch norm without affine before the classifier [MAE App. A].
 """
 
 # =================== 1. Imports ===================
@@ -27,8 +22,9 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
+import signal
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -36,43 +32,36 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision import transforms
 from torchvision.utils import save_image
 
-from common import ARCHS, DATASETS, batches, load_dataset, normalize, resident, resnet
+from common import (ARCHS, DATASETS, batches, choose_device, environment, load_checkpoint,
+                    load_dataset, normalize, resnet, say)
 
 RECIPES = {  # epochs, learning rate at batch 256, weight decay
-    "linear": (1000, None, None),  # iterations at most [ours, measured: SimSiam needed 800]
-    "augment": (100, 0.1, 0.0),  # linear with --augment [ours; 100 as in the MoCo CIFAR demo]
-    "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5, which takes 60 epochs for 1 % of the labels]
-    "scratch": (100, 0.1, 5e-4)}  # [ours; He et al. 1512.03385 Sec. 4.2 took 0.2 by this measure]
-FOREIGN = {"dataset": "cifar10", "data_dir": "data", "cache_dir": None, "image_size": None,
-           "arch": "resnet18", "width": 1.0}  # what weights that are not ours do not tell
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of torchvision's weights
+    "linear": (1000, None, None),  # iterations at most [ours, measured: SimSiam took 800]
+    "augment": (100, 0.1, 0.0),  # linear with --augment [ours; 100: MoCo CIFAR demo]
+    "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5; 60 epochs for 1 % of the labels]
+    "scratch": (100, 0.1, 5e-4)}  # [ours; He et al. 1512.03385 Sec. 4.2: 0.2 by this measure]
+DEFAULTS = {"dataset": "cifar10", "data_dir": "data", "cache_dir": None,
+            "image_size": None, "arch": "resnet18", "width": 1.0}  # of foreign weights
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's mean and std
+RESNET = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # all it has, in order
 
 
 # =================== 2. Options ===================
 def fail(message, status=2):
     """End the program with one line on standard error."""
-    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")  # whole, beside other processes
+    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")  # in one piece
     raise SystemExit(status)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that ends wrong input with one line."""
-
-    def error(self, message):
-        fail(message)
-
-
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of every flag that has one; N is a number, all other values are paths."""
+    """Show the default of every flag that has one."""
 
     def _get_help_string(self, action):
         unset = action.default is None or action.default is False
         return action.help if unset else super()._get_help_string(action)
-
-    def _get_default_metavar_for_optional(self, action):
-        return "N" if action.type else "PATH"
 
 
 def number(kind, low, high):
@@ -82,312 +71,238 @@ def number(kind, low, high):
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
-    parse.__name__ = "whole number" if kind is int else "number"  # "invalid whole number value"
+    parse.__name__ = "whole number" if kind is int else "number"  # for argparse's message
     return parse
 
 
 def parse_args(argv=None):
-    """Read the flags; make all checks that need no file; end wrong ones in one line, status 2."""
-    parser = Parser(description=__doc__.split("\n")[0], usage="%(prog)s CHECKPOINT [flags]",
-                    formatter_class=Help, allow_abbrev=False)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="ours, or foreign weights")
+    """Read the flags; make all checks that need no file; end wrong ones in one line."""
+    parser = argparse.ArgumentParser(
+        description="Judge a backbone on images.", formatter_class=Help,
+        usage="%(prog)s CHECKPOINT [flags]", allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="ours or foreign weights")
+    count, rate = number(int, 1, 10**6), number(float, 1e-8, 1e3)
     add = parser.add_argument_group("judge").add_argument
-    add("--mode", choices=("linear", "finetune", "scratch"), default="linear",
-        help="what is trained")
-    add("--epochs", type=number(int, 1, 10**6),
-        help="(default: 1000 iterations of L-BFGS; --augment and scratch 100, finetune 30)")
-    add("--lr", type=number(float, 1e-8, 1e3),
-        help="at batch 256, scaled linearly with the batch (default: 0.1, finetune 0.05)")
+    add("--mode", choices=("linear", "finetune", "scratch"), default="linear")
+    add("--epochs", type=count, help="(default: finetune 30, else 100; of L-BFGS 1000)")
+    add("--lr", type=rate, help="at batch 256, scaled (default: 0.1, finetune 0.05)")
     add("--weight-decay", type=number(float, 0, 1), help="(default: 0, scratch 5e-4)")
-    add("--augment", action="store_true",
-        help="random crops and flips in linear mode; the other modes always have them")
-    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0,
-        help="share of each class that keeps its labels, at least one image")
-    add("--head-layers", type=number(int, 0, 10), default=0,
-        help="layers of the projector to keep [SimCLR v2 Sec. 2]")
-    add("--knn", type=number(int, 1, 10**6), nargs="*", default=[1, 5, 20, 200], metavar="K",
-        help="neighbours, a kNN accuracy each; without a K no kNN")
-    add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
-        help="temperature of a neighbour's vote [MoCo CIFAR demo]")
+    add("--augment", action="store_true", help="random crops in linear mode too")
+    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0, help="a class")
+    add("--head-layers", type=number(int, 0, 10), default=0, help="kept [SimCLR v2 Sec. 2]")
+    add("--knn", type=count, nargs="*", default=[1, 5, 20, 200], help="neighbours")
+    add("--knn-tau", type=rate, default=0.1, help="of the votes [MoCo CIFAR demo]")
     add = parser.add_argument_group("data, if not the checkpoint's").add_argument
-    add("--dataset", choices=DATASETS, help="may be another than in pre-training: transfer")
+    add("--dataset", choices=DATASETS, help="another than in pre-training: transfer")
     add("--data-dir", help="where it lies or is downloaded to")
-    add("--cache-dir", help="where a folder's decoded images are kept (default: in --data-dir)")
+    add("--cache-dir", help="of a folder's decoded images (default: in --data-dir)")
+    add("--skip-broken", action="store_true", help="go on without files that cannot be read")
+    add("--max-pixels", type=count, help="of a file (default: Pillow's limit)")
     add("--image-size", type=number(int, 8, 4096), help="pixels")
-    add("--mean", type=number(float, -10, 10), nargs=3, metavar=("R", "G", "B"),
-        help="of the pixels in [0, 1] (default: the checkpoint's; for foreign weights ImageNet's)")
-    add("--std", type=number(float, 1e-6, 10), nargs=3, metavar=("R", "G", "B"), help="likewise")
-    add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
-        help="threads that gather training images that do not fit on the device")
+    add("--mean", type=number(float, -10, 10), nargs=3, help="of the pixels in [0, 1]")
+    add("--std", type=number(float, 1e-6, 10), nargs=3, help="likewise")
+    add("--workers", type=count, default=min(8, os.cpu_count() or 1), help="threads")
     add = parser.add_argument_group("network, if not the checkpoint's").add_argument
     add("--arch", choices=ARCHS, help="backbone (default for foreign weights: resnet18)")
     add("--width", type=number(float, 0.25, 16), help="times every channel count")
     add("--stem", choices=("cifar", "imagenet"), help="(default: by the size of conv1)")
-    add("--prefix", metavar="NAME", help="of the backbone in foreign weights: module.encoder_q.")
+    add("--prefix", default="", help="of one backbone among several: module.encoder_q.")
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=number(int, 2, 10**6), default=256, help="images a step")
     add("--seed", type=number(int, 0, 10**9), default=0, help="of all random numbers")
-    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="auto: the best")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="auto: bf16 on CUDA, else fp32; there fp32 has convolutions in TF32")
+    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="bf16 on CUDA")
     add = parser.add_argument_group("output").add_argument
     add("--out", help="folder of the results in JSON (default: the checkpoint's)")
     add("--neighbours", metavar="PNG", help="draw ten images and the ten nearest to each")
-    add("--map", metavar="PNG", help="draw the images in the plane of their principal components")
-    add("--export", metavar="PTH", help="write the backbone alone, in torchvision's names")
-    add("--tensorboard", action="store_true", help="write the embedding projector's files to --out")
+    add("--map", metavar="PNG", help="draw the images in the plane of main components")
+    add("--export", metavar="PTH", help="write the backbone, in torchvision's names")
+    add("--tensorboard", action="store_true", help="embedding projector, to --out")
     args = parser.parse_args(argv)
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         fail(f"--device {args.device}: this machine has none; use --device auto or cpu")
-    for path in filter(None, (args.neighbours, args.map, args.export)):
-        if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
-            fail(f"cannot write {path}: it is a folder, or its folder does not exist")
     for path in filter(None, (args.neighbours, args.map)):
         if Path(path).suffix not in (".png", ".jpg"):
             fail(f"cannot draw {path}: a picture's name ends in .png or .jpg")
-    if args.mode == "linear" and not args.augment and (args.lr or args.weight_decay) is not None:
-        fail("--lr and --weight-decay are for --augment, finetune and scratch: L-BFGS has neither")
+    lbfgs = args.mode == "linear" and not args.augment
+    if lbfgs and (args.lr or args.weight_decay) is not None:
+        fail("--lr and --weight-decay are not for L-BFGS: add --augment or --mode")
     if args.mode == "scratch" and args.head_layers:
         fail("--head-layers keeps what --mode scratch throws away")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         fail("--tensorboard needs a package: pip install tensorboard")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         fail("this script runs in one process: start it with python, not with torchrun")
     return args
 
 
-# =================== 3. Augmentation ===================
-def crop_resize(x, boxes, size):
-    """Cut a box from each image and resize it, as torchvision's resized_crop(antialias=False).
+# =================== 3. Backbone ===================
+def read_weights(path, prefix=""):
+    """Read a checkpoint: the backbone's state dict; all of it, or {} for foreign weights.
 
-    x: (N, 3, H, W); boxes: (N, 4) top, left, height, width in pixels
-    Returns (N, 3, size, size) float32. Each axis is a product with a matrix whose row i holds the
-    weights 1 - |at_i - j| of the two pixels j around the point at_i, which stays inside the box.
+    prefix: what the backbone's name ends with, if foreign weights hold several
+    Raises OSError or ValueError, in one line, for other files; never runs a file's code.
     """
-    def weights(start, length, pixels):
-        at = (torch.arange(size, device=x.device) + 0.5) * (length / size)[:, None] - 0.5
-        at = torch.minimum(at.clamp_(min=0), length[:, None] - 1) + start[:, None]
-        distance = (at[:, :, None] - torch.arange(pixels, device=x.device)).abs_()
-        return distance.neg_().add_(1).clamp_(min=0)  # (N, size, pixels)
-
-    top, left, height, width = boxes.float().unbind(1)
-    rows, columns = weights(top, height, x.shape[2]), weights(left, width, x.shape[3])
-    with torch.autocast(x.device.type, enabled=False):  # bf16 has fewer bits than the pixels
-        return rows[:, None] @ x.float() @ columns[:, None].mT
-
-
-def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
-    """Crop a random box of each image, as RandomResizedCrop does: ten tries, then the centre.
-
-    x: (N, 3, H, W); scale: the box's share of the area; ratio: width / height
-    Returns (N, 3, size, size) float32.
-    """
-    n, _, h, w = x.shape
-    u = torch.rand(4, n, 10, generator=generator, device=x.device)
-    area = h * w * (scale[0] + (scale[1] - scale[0]) * u[0])
-    aspect = ratio[0] * (ratio[1] / ratio[0]) ** u[1]  # log-uniform
-    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (N, 10)
-    fits = (width > 0) & (width <= w) & (height > 0) & (height <= h)
-    missed, first = ~fits.any(1), fits.int().argmax(1, keepdim=True)
-    # The fallback is the largest centred box whose ratio is allowed.
-    width = width.gather(1, first)[:, 0].where(~missed, min(w, round(h * ratio[1])))
-    height = height.gather(1, first)[:, 0].where(~missed, min(h, round(w / ratio[0])))
-    spare = torch.stack([h - height, w - width])  # (2, N) pixels above and left of the lowest box
-    top, left = torch.where(missed, spare // 2,
-                            (u[2:, :, 0] * (spare + 1)).floor().minimum(spare))
-    return crop_resize(x, torch.stack([top, left, height, width], 1), size)
-
-
-def random_flip(x, generator=None):
-    """Mirror each image left to right with probability 1/2."""
-    flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
-    return torch.where(flip, x.flip(3), x)
-
-
-# =================== 4. Backbone ===================
-def read_weights(path, prefix=None):
-    """Read a checkpoint as (backbone's state dict, all of ours or {} for foreign weights).
-
-    prefix: what the backbone's names begin with in foreign weights; names without it are left out
-    Raises ValueError, in one line, for a file that is not weights or that carries code.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}") from None
-    except Exception as problem:  # a damaged file raises whatever the unpickler meets
-        raise ValueError(f"{path} is not a file of weights ({type(problem).__name__})") from None
-    ours = (isinstance(saved, dict) and {"backbone", "model"} <= saved.keys()
-            and isinstance(saved.get("args"), dict))
-    weights = saved
-    if isinstance(saved, dict):
-        weights = saved["backbone"] if ours else saved.get("state_dict", saved)
-    for part in (weights, saved["model"]) if ours else (weights,):
-        if not isinstance(part, dict) or not all(
-                isinstance(key, str) and torch.is_tensor(x) for key, x in part.items()):
-            raise ValueError(f"{path} holds no state dict: expected names and tensors")
-    prefix = prefix or ""
-    kept = {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
-    if "conv1.weight" not in kept:
-        found = next((key for key in weights if key.endswith("conv1.weight")), None)
-        hint = f"there is {found}: the part before conv1 is the --prefix" if found else "no ResNet"
-        raise ValueError(f"{path} has no weights {prefix}conv1.weight: {hint}")
-    return {key: x for key, x in kept.items() if not key.startswith("fc.")}, saved if ours else {}
-
-
-def load_backbone(weights, arch, width, stem):
-    """A backbone with exactly these weights; ValueError lists what is missing or left over."""
-    f = resnet(arch, width, stem)
-    ours = f.state_dict()
-    # Weights saved before PyTorch 0.4.1 do not count batches; nothing here needs the count.
-    missing = [x for x in ours if x not in weights and not x.endswith("num_batches_tracked")]
-    wrong = [f"{key} is {tuple(x.shape)} and not {tuple(ours[key].shape)}"
-             for key, x in weights.items() if key in ours and x.shape != ours[key].shape]
-    for what, keys in (("missing", missing), ("unexpected", [x for x in weights if x not in ours]),
-                       ("of another shape", wrong)):
-        if keys:
-            more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
-            raise ValueError(f"the weights are not a {arch} of width {width:g} with the {stem} stem"
-                             f" (--arch, --width, --stem); {what}: {', '.join(keys[:10])}{more}")
-    f.load_state_dict(weights, strict=False)
-    return f
+    saved = load_checkpoint(path)
+    if isinstance(saved, dict) and all(
+            isinstance(saved.get(part), dict) for part in ("backbone", "model", "args")):
+        return saved["backbone"], saved
+    dicts = {f"{key}.": x for key, x in saved.items()} if isinstance(saved, dict) else {}
+    tensors = {f"{name}{key}": x for name, part in {"": saved, **dicts}.items()
+               if isinstance(part, dict) for key, x in part.items() if torch.is_tensor(x)}
+    found = [key.removesuffix(stem) for stem in ("conv1.weight", "0.weight")
+             for key, x in tensors.items() if f".{key}".endswith(f".{stem}")
+             and x.ndim == 4 and x.shape[1] == 3]  # the first convolution
+    chosen = [prefix] if prefix in found else [
+        name for name in found if f".{name}".endswith(f".{prefix}")]
+    if len(chosen) != 1:
+        raise ValueError(f"{path} holds {len(found)} ResNets, {len(chosen)} of --prefix "
+                         f"{prefix!r}, which names one: {' '.join(found[:8]) or 'no ResNet'}")
+    tensors = {key.removeprefix(chosen[0]): x for key, x in tensors.items()
+               if key.startswith(chosen[0])}
+    modules = dict.fromkeys(key.split(".")[0] for key in tensors)  # to ResNet's own names
+    modules.update(zip(sorted(filter(str.isdigit, modules), key=int), RESNET))
+    modules.update(zip(RESNET, RESNET))
+    others = [name for name in modules if modules[name] is None and name != "fc"]
+    if others:
+        print(f"left out, as no ResNet has it: {', '.join(others)}", file=sys.stderr)
+    split = ((*key.partition("."), x) for key, x in tensors.items())
+    return {modules[name] + dot + rest: x for name, dot, rest, x in split if modules[name]}, {}
 
 
 def load_head(saved, count):
-    """The first `count` linear layers of a checkpoint's projector, each with what follows it."""
-    weights = {key[2:]: x for key, x in saved.get("model", {}).items() if key.startswith("g.")}
-    layers, linear = [], 0
-    for i in range(1 + max((int(key.split(".")[0]) for key in weights), default=-1)):
-        mine = {key.split(".")[1]: x for key, x in weights.items() if key.startswith(f"{i}.")}
-        linear += mine.get("weight", torch.empty(0)).ndim == 2
-        if linear > count:
-            break
+    """The first `count` linear layers of the projector, each with what follows it."""
+    model = saved.get("model", {})
+    weights = {key[2:]: x for key, x in model.items() if key.startswith("g.")}
+    linear = [int(key.split(".")[0]) for key, x in weights.items() if x.ndim == 2]
+    if len(linear) < count:
+        raise ValueError(f"--head-layers {count}: the projector has {len(linear)} layers")
+    layers = nn.Sequential()
+    while count and len(layers) < [*linear, 1 + int([*weights][-1].split(".")[0])][count]:
+        mine = {key.split(".")[1]: x for key, x in weights.items()
+                if key.startswith(f"{len(layers)}.")}
+        layer = nn.ReLU()  # has no parameters
         if "running_mean" in mine:
-            layers.append(nn.BatchNorm1d(len(mine["running_mean"]), affine="weight" in mine))
+            layer = nn.BatchNorm1d(len(mine["running_mean"]), affine="weight" in mine)
         elif mine:
-            layers.append(nn.Linear(*mine["weight"].T.shape, bias="bias" in mine))
-        else:
-            layers.append(nn.ReLU())  # has no parameters
-        layers[-1].load_state_dict(mine)
-    if linear < count:
-        raise ValueError(f"--head-layers {count}: the checkpoint's projector has {linear} layers")
-    return nn.Sequential(*layers)
+            layer = nn.Linear(*mine["weight"].T.shape, bias="bias" in mine)
+        layer.load_state_dict(mine)
+        layers.append(layer)
+    return layers
 
 
-def few_labels(labels, share, seed):
-    """Indices (n,) of a share of each class, at least one image; labels (N,) int64."""
-    if share == 1:
+def few_labels(labels, fraction, seed):
+    """Indices (n,) of a fraction of each class, at least one image; labels (N,) int64."""
+    if fraction == 1:
         return torch.arange(len(labels))
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=draw)
     parts = [order[labels[order] == label] for label in labels.unique()]
-    return torch.cat([part[:max(1, round(share * len(part)))] for part in parts])
+    return torch.cat([part[:max(1, round(fraction * len(part)))] for part in parts])
 
 
-# =================== 5. kNN ===================
+# =================== 4. Features and kNN ===================
 @torch.no_grad()
-def features(f, images, mean, std, batch_size, autocast, rank=0, world=1):
-    """The frozen backbone's output, in evaluation mode: (N, 3, H, W) uint8 to (N, D) float32.
-
-    With more processes, of every world-th image from rank on, the last one again to fill up.
-    """
-    training, out = f.training, []
-    share = torch.arange(rank, -(-len(images) // world) * world, world).clamp(max=len(images) - 1)
+def features(f, images, mean, std, batch_size, autocast):
+    """The output in evaluation mode: images (N, 3, H, W) uint8 to (N, D) float32."""
     f.eval()
-    for x in batches(images, share, batch_size, mean.device):
+    out = []
+    for x in batches(images, torch.arange(len(images)), batch_size, mean.device):
         with autocast():
             out.append(f(normalize(x, mean, std)).float())
-    f.train(training)
     return torch.cat(out)
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1):
-    """Percent of queries whose k nearest of the bank elect the right class, Wu et al. 1805.01978.
+    """Percent of queries whose k nearest elect the right class, Wu et al. 1805.01978.
 
     bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
     Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
     """
-    bank, k = F.normalize(bank.float(), dim=1).T, min(k, len(bank))
-    right, chunk = 0, max(1, 2**25 // bank.shape[1])  # 128 MiB of similarities at a time
+    bank, k, right = bank.float(), min(k, len(bank)), 0  # the bank is large: no second copy
+    length, chunk = bank.norm(dim=1).clamp(min=1e-12), max(1, 2**25 // len(bank))
     for query, label in zip(queries.split(chunk), labels.split(chunk)):
-        cosine, index = (F.normalize(query.float(), dim=1) @ bank).topk(k, dim=1)  # (chunk, k)
-        votes = bank.new_zeros(len(query), num_classes)
-        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no over- or underflow
-        votes.scatter_add_(1, bank_labels[index], vote)
+        cosine = (F.normalize(query.float(), dim=1) @ bank.T).div_(length)  # 128 MiB at most
+        cosine, index = cosine.topk(k, dim=1)  # (chunk, k)
+        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no overflow
+        votes = vote.new_zeros(len(vote), num_classes).scatter_add_(1, bank_labels[index], vote)
         right = right + (votes.argmax(1) == label).sum()
     return 100 * right.item() / len(queries)
 
 
-# =================== 6. Pictures ===================
+# =================== 5. Pictures ===================
 def frame(images, colors):
-    """Enlarge images (N, 3, H, W) uint8 to 64 pixels or more and frame them in colors (N, 3)."""
-    scale = math.ceil(64 / images.shape[3])
-    big = F.pad((images / 255).repeat_interleave(scale, 2).repeat_interleave(scale, 3), (3,) * 4)
-    edge = F.pad(torch.zeros(big.shape[2] - 6, big.shape[3] - 6), (3,) * 4, value=1.0)
-    return torch.lerp(big, colors[:, :, None, None].expand_as(big), edge)
+    """Images (N, 3, H, W) uint8 of 64 pixels or more, framed in colors (N, 3)."""
+    big = F.interpolate(images / 255, scale_factor=math.ceil(64 / images.shape[3]))
+    framed = colors[:, :, None, None].repeat(1, 1, big.shape[2] + 6, big.shape[3] + 6)
+    framed[:, :, 3:-3, 3:-3] = big
+    return framed
 
 
 def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, labels):
-    """Ten rows, spread over the set: an image, then its ten nearest of the bank, nearest first.
+    """Ten rows: an image, its ten nearest of the bank, green if of its class, else red.
 
-    A neighbour's frame is green for the query's class, red for another, grey without labels.
-    queries: (M, D) features of images (M, 3, H, W); the bank's images if images is bank_images
+    queries: (M, D) features of images (M, 3, H, W); the bank's if images is bank_images
     """
-    rows, green, red, grey = [], *torch.tensor([[0.1, 0.7, 0.2], [0.9, 0.1, 0.1], [0.6, 0.6, 0.6]])
+    palette = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.7, 0.2], [0.6, 0.6, 0.6]])
+    rows, length = [], bank.norm(dim=1).clamp(min=1e-12)
     for i in torch.linspace(0, len(queries) - 1, min(10, len(queries))).long().tolist():
-        cosine = F.normalize(bank, dim=1) @ F.normalize(queries[i], dim=0)
+        cosine = bank @ queries[i] / length
         if images is bank_images:
             cosine[i] = -math.inf  # not its own neighbour
-        near = cosine.topk(min(10, len(bank))).indices.cpu()
-        colors = [grey] * len(near) if labels is None else [
-            green if label == labels[i] else red for label in bank_labels[near]]
-        shown = torch.cat([images[i:i + 1].cpu(), bank_images[near].cpu()])
-        rows.append(frame(shown, torch.stack([torch.ones(3), *colors])))
+        near = cosine.topk(min(10, len(bank))).indices
+        kinds = torch.full((len(near),), 2)
+        if labels is not None:
+            kinds = (bank_labels[near] == labels[i]).long().cpu()
+        near = near.to(bank_images.device)
+        cells = torch.cat([images[i:i + 1].cpu(), bank_images[near].cpu()])
+        rows.append(frame(cells, torch.cat([torch.ones(1, 3), palette[kinds]])))
     save_image(torch.cat(rows), path, nrow=len(rows[0]), pad_value=1.0)
 
 
 def draw_map(path, queries, images, labels, side=30):
-    """At most side x side images by their first two principal components, spread to a full grid.
-
-    The images are cut into columns along the first component, each column is sorted by the second:
-    neighbours stay neighbours, and none hides another. A frame's colour is a class.
+    """At most side x side images: columns by the first principal component, each sorted by
+    the second, so that neighbours stay neighbours. A frame's colour is a class.
     """
     side = min(side, math.isqrt(len(queries)))
-    some = torch.linspace(0, len(queries) - 1, side**2).long()
-    queries, images, labels = (x if x is None else x[some].cpu() for x in (queries, images, labels))
+    chosen = torch.linspace(0, len(queries) - 1, side**2).long()
+    queries, images, labels = (x if x is None else x[chosen.to(x.device)].cpu()
+                               for x in (queries, images, labels))
     x = F.normalize(queries.double(), dim=1)
     x = x - x.mean(0)
     plane = x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:].flip(1)  # (n, 2)
     columns = plane[:, 0].argsort().view(side, side)
-    grid = torch.stack([column[plane[column, 1].argsort()] for column in columns], 1).flatten()
-    colors = torch.ones(len(some), 3)
+    columns = [column[plane[column, 1].argsort()] for column in columns]
+    grid = torch.stack(columns, 1).flatten()
+    colors = torch.ones(len(chosen), 3)
     if labels is not None:
         hue = labels[:, None] / (labels.max() + 1) - torch.tensor([0, 1 / 3, 2 / 3])
         colors = 0.5 + 0.5 * torch.cos(2 * math.pi * hue)
     save_image(frame(images, colors)[grid], path, nrow=side, pad_value=1.0)
 
 
-# =================== 7. Training ===================
-def commit():
-    """The commit of these files, "-dirty" if they were changed since, None outside a checkout."""
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git here
-        return None
+def write_projector(out, queries, images, labels, classes):
+    """TensorBoard's embedding projector, of as many test images as its sprite holds."""
+    from torch.utils.tensorboard import SummaryWriter
+    most = min(len(queries), (8192 // images.shape[3]) ** 2)  # 8192 pixels a side
+    chosen = torch.linspace(0, len(queries) - 1, most).long()  # of all classes
+    names = None if labels is None else [classes[i] for i in labels.cpu()[chosen]]
+    with SummaryWriter(str(out)) as writer:
+        writer.add_embedding(queries.cpu()[chosen], names, images.cpu()[chosen] / 255)
 
 
+# =================== 6. Training ===================
 def fit(head, bank, labels, iterations):
-    """Logistic regression by L-BFGS with scikit-learn's default penalty: no learning rate to tune.
+    """Logistic regression by L-BFGS with scikit-learn's default penalty: no rate to tune.
 
-    head: batch norm without affine, whose statistics become the bank's, and linear layer
-    bank: (N, D) float32 features and their labels (N,), both on the device, summed over in parts
+    head: batch norm, whose statistics become the bank's (N, D), and linear layer
     """
     norm, linear = head.eval()
     var, norm.running_mean = bank.var(0, unbiased=False), bank.mean(0)
-    norm.eps, norm.running_var = 1e-30, var.clamp(min=1e-12 * var.max() + 1e-30)  # at any scale
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, max_eval=2 * iterations,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
+    norm.eps, norm.running_var = 1e-30, var.clamp(min=1e-12 * var.max() + 1e-30)  # any scale
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, tolerance_change=0,
+                                  max_eval=2 * iterations, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -400,18 +315,17 @@ def fit(head, bank, labels, iterations):
         return loss
 
     optimizer.step(closure)
-    print(f"loss={closure().item():.4g}", flush=True)
+    say(f"loss={closure().item():.4g}")
 
 
 def train(network, head, keep, data, args, recipe, autocast):
-    """SGD on random crops and flips: of the head, and in two modes of the network too.
-
-    keep: (n,) indices of the images whose labels may be used; recipe: one of RECIPES
-    """
+    """SGD on random crops and flips of images keep (n,): of the head or of all."""
     epochs, lr, decay = recipe
     # Few labels: at least 16 steps an epoch, or 1 % of CIFAR-10 would be two.
     batch = min(args.batch_size, max(8, len(keep) // 16), len(keep))
     steps, frozen = len(keep) // batch, args.mode == "linear"
+    crop = transforms.RandomResizedCrop(data.train_images.shape[3])  # [SimCLR App. B.5]
+    crop_and_flip = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
     network.requires_grad_(not frozen)
     parameters = [*head.parameters(), *(() if frozen else network.parameters())]
     optimizer = torch.optim.SGD(parameters, lr * batch / 256, 0.9,  # linear scaling, 1706.02677
@@ -420,14 +334,14 @@ def train(network, head, keep, data, args, recipe, autocast):
     for epoch in range(1, epochs + 1):
         torch.manual_seed(args.seed * 10**6 + epoch)
         order = keep[torch.randperm(len(keep))[:steps * batch]]
+        images = batches(data.train_images, order, batch, data.mean.device, args.workers)
         network.train(not frozen)
         total, start = 0, time.perf_counter()
-        for x, y in zip(batches(data.train_images, order, batch, data.mean.device, args.workers),
-                        data.train_labels[order].split(batch)):
+        for x, y in zip(images, data.train_labels[order].split(batch)):
             optimizer.zero_grad()
-            x = random_resized_crop(x.float() / 255, x.shape[3], (0.08, 1.0))  # [SimCLR App. B.5]
+            x = torch.stack([crop_and_flip(image) for image in x / 255])
             with torch.set_grad_enabled(not frozen), autocast():
-                x = network(normalize(random_flip(x), data.mean, data.std))
+                x = network(normalize(x, data.mean, data.std))
             loss = F.cross_entropy(head(x.float()), y)
             loss.backward()
             optimizer.step()
@@ -436,138 +350,130 @@ def train(network, head, keep, data, args, recipe, autocast):
         loss = total.item() / steps
         if not math.isfinite(loss):
             fail(f"the loss is {loss} at epoch {epoch}: try a lower --lr", status=1)
-        print(f"epoch={epoch} loss={loss:.4g} seconds={time.perf_counter() - start:.3g}",
-              flush=True)
+        say(f"epoch={epoch} loss={loss:.4g} seconds={time.perf_counter() - start:.3g}")
 
 
 def classify(network, bank, queries, keep, data, args, autocast):
-    """Train a classifier as --mode says; returns top-1 and top-5 in percent of the test images.
+    """Train a classifier as --mode says; percent right: first, mean of classes, in five.
 
-    keep: (n,) indices of the labels that may be used; bank: features of these images
-    queries: features of the test images
+    bank: features of the training images keep (n,); queries: of the test images
     """
+    kind = "augment" if args.mode == "linear" and args.augment else args.mode
     recipe = [default if value is None else value for value, default in zip(
-        (args.epochs, args.lr, args.weight_decay),
-        RECIPES["augment" if args.augment and args.mode == "linear" else args.mode])]
+        (args.epochs, args.lr, args.weight_decay), RECIPES[kind])]
     linear = nn.Linear(bank.shape[1], len(data.classes))
-    nn.init.zeros_(linear.weight)  # a channel that is 0 in all of training stays without effect
+    nn.init.zeros_(linear.weight)  # a channel that is 0 in all of training has no effect
     nn.init.zeros_(linear.bias)
-    norm = nn.BatchNorm1d(bank.shape[1], 1e-12, affine=False)  # [MAE App. A]
+    norm = nn.BatchNorm1d(bank.shape[1], 1e-12, affine=False)  # methods differ in scale
     head = nn.Sequential(norm, linear).to(bank.device)
-    if args.mode == "linear" and not args.augment:
+    if kind == "linear":
         fit(head, bank, data.train_labels[keep], recipe[0])
     else:
         train(network, head, keep, data, args, recipe, autocast)
     if args.mode != "linear":
-        queries = features(network, data.test_images, data.mean, data.std, args.batch_size,
-                           autocast)
+        queries = features(network, data.test_images, data.mean, data.std,
+                           args.batch_size, autocast)
     with torch.no_grad():
-        best = head.eval()(queries).topk(min(5, len(data.classes))).indices
-    right = best == data.test_labels[:, None]
+        best = head.eval()(queries).topk(min(5, len(data.classes))).indices.cpu()
+    labels = data.test_labels.cpu()
+    right = (best == labels[:, None]).double()
+    recalls = [right[labels == label, 0].mean() for label in labels.unique()]
     return {"top1": 100 * right[:, 0].sum().item() / len(right),
-            "top5": 100 * right.any(1).sum().item() / len(right)}
+            "balanced": 100 * sum(recalls).item() / len(recalls),
+            "top5": 100 * right.sum().item() / len(right)}
 
 
-def judge(args):
-    """Judge a checkpoint: print one line, return its numbers as a dict, write them as JSON."""
-    start = time.perf_counter()
-    device = torch.device(next(kind for kind in ("cuda", "mps", "cpu") if args.device in
-                               (kind, "auto") and getattr(torch, kind).is_available()))
-    precision = args.precision.replace("auto", "bf16" if device.type == "cuda" else "fp32")
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, precision == "bf16")
-    out = Path(args.out or Path(args.checkpoint).parent)
+# =================== 7. Judging ===================
+def main(argv=None):
+    """Judge as the flags say: write the numbers as JSON, print and return them."""
+    args, begin = parse_args(argv), time.perf_counter()
+    device = choose_device(args.device)
+    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
     torch.manual_seed(args.seed)
     try:
         weights, saved = read_weights(args.checkpoint, args.prefix)
-        theirs = {**FOREIGN, **saved.get("args", {})}
-        arch, width = args.arch or theirs["arch"], args.width or theirs["width"]
-        small = weights["conv1.weight"].shape[-1:] == (3,)  # a CIFAR stem
+        pretrain = {**DEFAULTS, **saved.get("args", {})}
+        arch, width = args.arch or pretrain["arch"], args.width or pretrain["width"]
+        small = weights["conv1.weight"].shape[-1] == 3  # a CIFAR stem
         stem = args.stem or ("cifar" if small else "imagenet")
-        f = load_backbone(weights, arch, width, stem)
+        f, before = resnet(arch, width, stem, weights), "pre-trained backbone"
         if args.mode == "scratch":
-            f = resnet(arch, width, stem)
+            f, before = resnet(arch, width, stem), "random backbone"
         network = nn.Sequential(f, *load_head(saved, args.head_layers))
-        large = theirs["dataset"] == "folder" if saved else not small
-        size = args.image_size or theirs["image_size"] or (224 if large else 32)
-        name = args.dataset or theirs["dataset"]
-        place = theirs if name == theirs["dataset"] and not args.data_dir else FOREIGN
-        data = load_dataset(name, args.data_dir or place["data_dir"], size,
-                            args.cache_dir or place["cache_dir"])
-        if data.train_labels is None and args.mode != "linear":
-            raise ValueError(f"--mode {args.mode} needs labels: train/ and test/ or val/, with a "
-                             "folder a class")
+        network = network.to(device, memory_format=torch.channels_last)
+        large = pretrain["dataset"] == "folder" if saved else not small
+        size = args.image_size or pretrain["image_size"] or (224 if large else 32)
+        name = args.dataset or pretrain["dataset"]
+        known = DEFAULTS if args.data_dir or name != pretrain["dataset"] else pretrain
+        data_dir = args.data_dir or known["data_dir"]
+        out = Path(args.out or Path(args.checkpoint).parent)
         out.mkdir(parents=True, exist_ok=True)
+        for folder in (out, *(Path(path).parent for path in (
+                args.export, args.neighbours, args.map) if path)):
+            try:
+                tempfile.TemporaryFile(dir=folder).close()  # before the work
+            except OSError as problem:
+                raise ValueError(f"cannot write to {folder} ({problem}): try --out") from None
+        data = load_dataset(name, data_dir, size, args.cache_dir or known["cache_dir"], device,
+                            args.skip_broken, args.max_pixels)
+        if data.test_labels is None and args.mode != "linear":
+            raise ValueError(f"--mode {args.mode} needs labels: a folder a class")
     except (OSError, ValueError) as problem:
         fail(problem)
     mean, std = (torch.as_tensor(x, device=device) for x in (
         args.mean or saved.get("mean", IMAGENET[0]), args.std or saved.get("std", IMAGENET[1])))
-    on_device = [None if x is None else resident(x, device) for x in data[:4]]
-    data = data._make([*on_device, data.classes, mean, std])
-    network = network.to(device, memory_format=torch.channels_last)
-    encode = partial(features, network, mean=mean, std=std, batch_size=args.batch_size,
-                     autocast=autocast)
-    bank = encode(data.train_images)
-    shown = (bank, data.train_images, None)  # a folder without splits
+    data = data._replace(mean=mean, std=std)
+    bank = features(network, data.train_images, mean, std, args.batch_size, autocast)
+    test = (bank, data.train_images, None)  # a folder without splits
     if data.test_labels is not None:
-        shown = (encode(data.test_images), data.test_images, data.test_labels)
-    if not all(x.isfinite().all() for x in (bank, shown[0])):
-        fail("the features are not finite: broken weights, or try --precision fp32", status=1)
-    try:
-        if args.neighbours:
-            draw_neighbours(args.neighbours, bank, data.train_images, data.train_labels, *shown)
-        if args.map:
-            draw_map(args.map, *shown)
-    except (OSError, ValueError) as problem:
-        fail(problem)
-    if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        most = min(len(shown[0]), (8192 // size) ** 2)  # a sprite's side is 8192 pixels at most
-        some = torch.linspace(0, len(shown[0]) - 1, most).long()  # of all classes
-        vectors, pictures, labels = (None if x is None else x[some].cpu() for x in shown)
-        names = None if labels is None else [data.classes[i] for i in labels]
-        with SummaryWriter(str(out)) as writer:
-            writer.add_embedding(vectors, names, pictures / 255)
+        queries = features(network, data.test_images, mean, std, args.batch_size, autocast)
+        test = (queries, data.test_images, data.test_labels)
+    if not (bank.isfinite().all() and test[0].isfinite().all()):
+        fail("features are not finite: broken weights, or try --precision fp32", status=1)
 
-    results, keep = {}, ()
-    if data.train_labels is None:
-        print("no labels: no accuracies", flush=True)
-    else:
+    results, keep, line = {}, (), "no labels to test on: no accuracies"
+    if data.test_labels is not None:
         keep = few_labels(data.train_labels.cpu(), args.label_fraction, args.seed)
         kept = bank if args.label_fraction == 1 else bank[keep]
-        table = {f"knn{k}": knn_accuracy(kept, data.train_labels[keep], shown[0], shown[2],
-                                         len(data.classes), k, args.knn_tau) for k in args.knn}
-        results = {**classify(network, kept, shown[0], keep, data, args, autocast), **table}
-        print(" ".join(f"{key}={value:.2f}" for key, value in results.items()),
-              f"tau={args.knn_tau:g}", flush=True)
-    parts = {Path(args.checkpoint).stem: not saved, args.mode: True, "augment": args.augment,
-             name: name != theirs["dataset"], f"{args.label_fraction:g}": args.label_fraction < 1,
-             f"head{args.head_layers}": args.head_layers > 0, f"seed{args.seed}": args.seed > 0}
-    try:
-        told = "_".join(part for part, differs in parts.items() if differs)
-        (out / f"eval_{told}.json").write_text(json.dumps({
-            **results, "args": vars(args), "method": saved.get("method"),
-            "epoch": saved.get("epoch"), "images": len(data.train_images), "labels": len(keep),
-            "test_images": len(data.test_images), "features": bank.shape[1],
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-            "precision": precision, "torch": torch.__version__, "commit": commit(),
-            "seconds": time.perf_counter() - start}) + "\n")
-        if args.export:
-            torch.save({key: x.cpu() for key, x in f.state_dict().items()}, args.export)
-    except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
-        fail(problem)
+        knn = {f"knn{k}": knn_accuracy(kept, data.train_labels[keep], test[0], test[2],
+                                       len(data.classes), k, args.knn_tau) for k in args.knn}
+        results = {**classify(network, kept, test[0], keep, data, args, autocast), **knn}
+        words = [f"{key}={value:.2f}" for key, value in results.items()]
+        words.insert(3, f"({args.mode})")
+        line = " ".join([*words, f"tau={args.knn_tau:g} ({before})"])
+    record = {**results, "networks": {"top1": args.mode, "knn": before}, "args": vars(args),
+              "method": saved.get("method"), "epoch": saved.get("epoch"), "labels": len(keep),
+              "images": len(data.train_images), "test_images": len(data.test_images),
+              "precision": "bf16" if bf16 else "fp32", "features": bank.shape[1],
+              **environment(device), "seconds": time.perf_counter() - begin}
+    images = Path(data_dir).resolve().name if name == "folder" else name
+    parts = ((Path(args.checkpoint).stem, not saved), (args.mode, True), ("augment", args.augment),
+             (images, True), (f"{args.label_fraction:g}", args.label_fraction < 1),
+             (f"head{args.head_layers}", args.head_layers), (f"seed{args.seed}", args.seed))
+    result = "_".join(["eval", *(part for part, differs in parts if differs)]) + ".json"
+    outputs = {
+        out / result: lambda path: path.write_text(json.dumps(record) + "\n"),
+        args.export: lambda path: torch.save(f.cpu().state_dict(), path),
+        args.neighbours: lambda path: draw_neighbours(
+            path, bank, data.train_images, data.train_labels, *test),
+        args.map: lambda path: draw_map(path, *test),
+        args.tensorboard and out: lambda path: write_projector(path, *test, data.classes)}
+    problems = []
+    for path in filter(None, outputs):
+        try:
+            outputs[path](path)
+        except (OSError, RuntimeError) as problem:  # torch.save: the latter
+            problems.append(f"cannot write {path} ({problem})")
+    say(line)
+    if args.export and (stem == "cifar" or width != 1):
+        sys.stderr.write(f"warning: torchvision has no such ResNet, load {args.export} into "
+                         f"common.py's: resnet({arch!r}, {width:g}, {stem!r})\n")
+    if problems:
+        fail("; ".join(problems))
     return results
 
 
-def main(argv=None):
-    """Judge as the flags say and return the numbers; end what stops it in one line."""
-    args = parse_args(argv)
-    try:
-        return judge(args)
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: try --batch-size {args.batch_size // 2}", status=1)
-    except KeyboardInterrupt:
-        fail("stopped: nothing is saved", status=130)
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

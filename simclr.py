@@ -291,13 +291,13 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
     Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
     """
-    bank, k = F.normalize(bank.float(), dim=1).T, min(k, len(bank))
-    right, chunk = 0, max(1, 2**25 // bank.shape[1])  # 128 MiB of similarities at a time
+    bank, k, right = bank.float(), min(k, len(bank)), 0  # the bank is large: no second copy
+    length, chunk = bank.norm(dim=1).clamp(min=1e-12), max(1, 2**25 // len(bank))
     for query, label in zip(queries.split(chunk), labels.split(chunk)):
-        cosine, index = (F.normalize(query.float(), dim=1) @ bank).topk(k, dim=1)  # (., k)
-        votes = bank.new_zeros(len(query), num_classes)
+        cosine = (F.normalize(query.float(), dim=1) @ bank.T).div_(length)  # 128 MiB at most
+        cosine, index = cosine.topk(k, dim=1)  # (chunk, k)
         vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no overflow
-        votes.scatter_add_(1, bank_labels[index], vote)
+        votes = vote.new_zeros(len(vote), num_classes).scatter_add_(1, bank_labels[index], vote)
         right = right + (votes.argmax(1) == label).sum()
     return 100 * right.item() / len(queries)
 
