@@ -82,6 +82,7 @@ def test_batches_that_cannot_be_split(flags, capsys, monkeypatch):
         refused(capsys, simsiam, flags(simsiam), "--batch-size 8", f"{world} processes")
     monkeypatch.setenv("WORLD_SIZE", "2")  # MoCo: three splits in each process
     refused(capsys, moco, flags(moco, "--bn-splits", "6"), "--bn-splits 6", "a multiple of 6")
+    assert moco.parse_args(flags(moco, "--bn-splits", "3")).bn_splits == 3  # one in each
 
 
 def test_empty_variables_count_as_absent(monkeypatch):

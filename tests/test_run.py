@@ -337,7 +337,7 @@ def test_a_gpu_run_agrees_with_the_cpu(script, flags, whole_runs, tmp_path):
 # ------------------------------------------------------------------------------ what goes wrong
 def test_without_stop_gradient_the_output_collapses(tmp_path, monkeypatch):
     """Fig. 2: without it the loss goes towards -1 and std towards 0; with it they do not."""
-    images, labels = common.draw_shapes(512, 16)
+    images, labels = common.draw_shapes(256, 16)
     images = images[:, :, ::2, ::2].contiguous()
     data = common.Dataset(images, labels, images[:64], labels[:64], common.SHAPES,
                           torch.full((3,), 0.5), torch.full((3,), 0.15))
@@ -345,14 +345,14 @@ def test_without_stop_gradient_the_output_collapses(tmp_path, monkeypatch):
     monkeypatch.setattr(simsiam, "save_checkpoint", lambda path, state: None)
     for word, collapsed in (("--stop-gradient", False), ("--no-stop-gradient", True)):
         simsiam.main(["--dataset", "shapes", "--image-size", "8", "--width", "0.25",
-                      "--epochs", "12", "--lr", "2", "--batch-size", "128", "--device", "cpu",
+                      "--epochs", "8", "--lr", "4", "--batch-size", "64", "--device", "cpu",
                       "--out", str(tmp_path / word), word])
         epochs = read_log(tmp_path / word)[1][1:]
         loss, std = (min(line[key] for line in epochs) for key in ("loss", "std"))
         if collapsed:
-            assert loss < -0.9 and std < 0.42
+            assert loss < -0.8 and std < 0.52
         else:
-            assert loss > -0.87 and std > 0.5
+            assert loss > -0.74 and std > 0.6
 
 
 def test_a_collapse_is_said_in_its_epochs_line(flags, capsys, monkeypatch):
