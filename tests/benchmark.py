@@ -9,9 +9,10 @@ Prints, from one run on one machine, ratios that can be compared where seconds c
   memory            peak of the process, or of the GPU
 On CUDA also FLOP/s and the share of a measured bf16 matrix-product peak.
 
-With --jpegs N it draws N photographs' worth of JPEG files (of --megapixels 0.2, about 500x375) instead and prints images/s of
-torchvision's ImageFolder with a DataLoader, of decoding them once, and of an epoch streamed from that, each with the peak of
-anonymous memory. --common PATH puts another version of common.py beside: it decodes the same files in turn, twice.
+With --jpegs N it draws N photographs' worth of JPEG files (--megapixels 0.19: about 500x375)
+instead and prints images/s of torchvision's ImageFolder with a DataLoader, of decoding them once,
+and of an epoch streamed from that, each with the peak of anonymous memory. With --common PATH it
+only decodes them once, twice in turn with that version of common.py and with this.
 """
 
 import argparse
@@ -144,13 +145,16 @@ def folders(count, megapixels, other, size=224):
     with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as kept:
         draw_jpegs(root, count, megapixels)
         view = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
-        print(f"{count} JPEG files of {megapixels} megapixels to {size} pixels, {os.cpu_count()} cores, torch {torch.__version__}")
+        print(f"{count} JPEG files of {megapixels:.2g} megapixels to {size} pixels, "
+              f"{os.cpu_count()} cores, torch {torch.__version__}")
         if other:
             spec = importlib.util.spec_from_file_location("other", other)
-            spec.loader.exec_module(theirs := importlib.util.module_from_spec(spec))
+            theirs = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(theirs)
             for turn in range(2):
-                rates = [measured(f"{name}, turn {turn + 1}", count, lambda: module.load_dataset("folder", root, size, f"{kept}/{name}{turn}"))
-                         for name, module in (("the other's", theirs), ("ours", common))]
+                rates = [measured(f"decoding once, {name}", count, lambda: module.load_dataset(
+                    "folder", root, size, f"{kept}/{name}{turn}"))
+                         for name, module in (("theirs", theirs), ("ours", common))]
                 print(f"ours is {rates[1] / rates[0]:.2f} times as fast")
             return
         loaders = [DataLoader(datasets.ImageFolder(f"{root}/{split}", view), 64, num_workers=os.cpu_count()) for split in ("train", "val")]
