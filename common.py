@@ -46,7 +46,6 @@ LITTER = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  
 STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # PIL needs other programs for these
 OURS = (".npy", ".tmp", ".lock")  # what decoding leaves
 LARGE = threading.Lock()  # held to decode more than 2^25 pixels: one such image at a time
-FIRST = os.environ.get("RANK", "0") == "0"  # of the processes of a run one talks
 
 
 # ----------------------------------------------------------------------------- data
@@ -152,7 +151,7 @@ def _read_folder(root, size, cache_dir, skip_broken):
         raise UserError(f"class {odd[0]!r} of {root / top} is not in {root / 'train'}: remove it")
     train, test = ([(label, file) for label, name in enumerate(classes)
                     for file in tree[part, name]] for part in ("train", top))
-    if FIRST:
+    if processes().rank == 0:  # one talks
         said = ", ".join(f"{n} {why}" for why, n in (+left).most_common(20)) or "nothing"
         say(f"{root}: {len(train)} images of {len(classes) * labelled} classes to train on, "
             f"{len(test)} of {top} to test on; left out: {said}")
@@ -164,7 +163,7 @@ def _read_folder(root, size, cache_dir, skip_broken):
     if broken and not skip_broken:
         raise UserError(f"cannot read {len(broken)} of {len(files)} images: {said}: mend or "
                          "remove them, or try --skip-broken, or for large ones --max-pixels N")
-    if broken and FIRST:
+    if broken and processes().rank == 0:
         say(f"left out {len(broken)} that cannot be read: {said}")
     train, test = ([pair for pair in part if pair[1] not in broken] for part in (train, test))
     if not train:
@@ -435,27 +434,24 @@ class ResNet(models.ResNet):
         return x.mean((2, 3))  # (N, num_features)
 
 
-def resnet(arch="resnet18", width=1.0, stem="cifar", weights=None):
+def resnet(arch="resnet18", width=1.0, stem="cifar"):
     """A ResNet backbone: arch of ARCHS, width multiplies all channel counts (SimCLR's 1x, 2x, 4x).
 
     stem: "cifar" (3x3, no max-pool) or "imagenet" (7x7, max-pool); `num_features`: the output size
-    weights: a state dict in torchvision's names, or a file that has one, or a checkpoint of ours
-    Raises ValueError for an unknown arch or stem, or a width that leaves no channel; UserError for
-    weights of another network.
+    Raises ValueError for an unknown arch or stem, or a width that leaves no channel.
     """
     if arch not in ARCHS or stem not in ("cifar", "imagenet") or round(64 * width) < 1:
         raise ValueError(f"no backbone with arch {arch!r}, width {width} and stem {stem!r}")
-    f = ResNet(*ARCHS[arch], width, stem)
-    if weights is not None:
-        if not isinstance(weights, dict):
-            saved = load_checkpoint(weights)
-            weights = saved.get("backbone", saved.get("state_dict", saved))
-        try:
-            f.load_state_dict({key: x for key, x in weights.items() if not key.startswith("fc.")})
-        except RuntimeError as problem:
-            raise UserError(f"not the weights of a {arch} of width {width:g} with the {stem} stem "
-                            f"(--arch, --width, --stem): {str(problem)[:600]}") from None
-    return f
+    return ResNet(*ARCHS[arch], width, stem)
+
+
+def load_backbone(f, weights):
+    """Load a state dict in torchvision's names, but for fc; UserError lists what differs."""
+    try:
+        f.load_state_dict({key: x for key, x in weights.items() if not key.startswith("fc.")})
+    except (AttributeError, RuntimeError) as problem:
+        raise UserError("these are not the weights of this network (--arch, --width, --stem): "
+                        f"{str(problem)[:600]}") from None
 
 
 # ----------------------------------------------------------------------------- files and processes
@@ -473,8 +469,11 @@ class Processes(NamedTuple):
 
 def processes():
     """This process among those that torchrun started."""
+    local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+    if dist.is_initialized():  # perhaps by another launcher
+        return Processes(dist.get_rank(), dist.get_world_size(), local_rank)
     return Processes(int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1),
-                     int(os.environ.get("LOCAL_RANK") or 0))
+                     local_rank)
 
 
 def wrap(model, sync_bn, compiled, device):
@@ -524,9 +523,9 @@ def choose_device(name):
 def environment(device):
     """What a log says of where it was made: the device's name, torch, the commit of this file."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    here = Path(__file__).resolve().parent
-    return {"device": name, "torch": torch.__version__, "commit": subprocess.getoutput(
-        f'git -C "{here}" describe --always --dirty')}
+    failed, commit = subprocess.getstatusoutput(
+        f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty')
+    return {"device": name, "torch": torch.__version__, "commit": None if failed else commit}
 
 
 def load_checkpoint(path, method=None, args=None, data=None):
@@ -537,6 +536,8 @@ def load_checkpoint(path, method=None, args=None, data=None):
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict):
+            raise TypeError
         if args is None:
             return saved
         theirs = {**saved["args"], "method": saved["method"], "images": saved["images"],
@@ -557,8 +558,8 @@ def load_checkpoint(path, method=None, args=None, data=None):
             cause = "safetensors: read it with safetensors.torch.load_file, then torch.save it"
         raise UserError(f"{path} is not a file of weights, or was cut ({cause}): restore it; a run "
                         "begins anew with --overwrite") from None
-    free = ("data_dir", "cache_dir", "workers", "device", "compile", "out", "resume", "overwrite",
-            "save_views", "knn_every", "knn_k", "knn_tau")  # these may change within a run
+    free = ("data_dir", "cache_dir", "max_pixels", "workers", "init", "device", "compile", "out",
+            "resume", "overwrite", "save_views", "knn_every", "knn_k", "knn_tau")  # may change
     ours = {**vars(args), "method": method, "images": len(data.train_images),
             "mean of the pixels": [round(x, 4) for x in data.mean.tolist()]}
     changed = [f"{key} was {theirs[key]} and is {value}" for key, value in ours.items()
@@ -584,11 +585,15 @@ def save_checkpoint(path, state):
 
 
 def restore(model, path):
-    """Load another run's whole model, where it fits; its backbone is the model's already."""
-    weights = load_checkpoint(path).get("model", {})
-    ours = {name: x.shape for name, x in model.state_dict().items()}
-    if {name: x.shape for name, x in weights.items()} == ours:
-        model.load_state_dict(weights)
+    """Begin with a checkpoint's whole model, if it fits, or else with its backbone's weights."""
+    saved = load_checkpoint(path)
+    whole, state = saved.get("model"), model.state_dict()
+    if isinstance(whole, dict) and all(  # or else names or shapes differ
+            getattr(whole.get(key), "shape", 0) == x.shape for key, x in state.items()):
+        model.load_state_dict(whole)
+        return
+    for f in (part for part in model.children() if isinstance(part, ResNet)):  # MoCo has two
+        load_backbone(f, saved.get("backbone", saved.get("state_dict", saved)))
 
 
 def open_log(path, end, overwrite):
@@ -596,10 +601,10 @@ def open_log(path, end, overwrite):
 
     Raises UserError if another process writes to it, or if log and checkpoint are not of one run.
     """
+    if (path.stat().st_size if path.exists() else 0) < end:
+        raise UserError(f"{path} has lost lines: restore it, or begin with --overwrite")
     path.parent.mkdir(parents=True, exist_ok=True)
     log = locked(path, wait=False)
-    if log.seek(0, os.SEEK_END) < end:
-        raise UserError(f"{path} has lost lines: restore it, or begin with --overwrite")
     log.seek(0)
     if not end and not overwrite and len(log.readlines()) > 2:  # more than a start that was killed
         raise UserError(f"{path} has no checkpoint beside it: restore that, or take --overwrite")
@@ -618,7 +623,7 @@ def say(text, end="\n"):
 def with_progress(batches, epoch, steps):
     """Pass the batches on and say how far it is: on a terminal in place, else once a minute."""
     said, end, pause = time.perf_counter(), "\n", 60
-    if sys.stdout.isatty():
+    if sys.stdout and sys.stdout.isatty():  # None if it was closed from the start
         end, pause = "\r", 0.5
     for step, batch in enumerate(batches, 1):
         yield batch

@@ -35,8 +35,8 @@ from torch import nn
 from torchvision import transforms
 from torchvision.utils import save_image
 
-from common import (ARCHS, DATASETS, batches, choose_device, environment, load_checkpoint,
-                    load_dataset, normalize, resnet, say)
+from common import (ARCHS, DATASETS, batches, choose_device, environment, load_backbone,
+                    load_checkpoint, load_dataset, normalize, resnet, say)
 
 RECIPES = {  # epochs, learning rate at batch 256, weight decay
     "linear": (1000, None, None),  # iterations at most [ours, measured: SimSiam took 800]
@@ -397,7 +397,8 @@ def main(argv=None):
         arch, width = args.arch or pretrain["arch"], args.width or pretrain["width"]
         small = weights["conv1.weight"].shape[-1] == 3  # a CIFAR stem
         stem = args.stem or ("cifar" if small else "imagenet")
-        f, before = resnet(arch, width, stem, weights), "pre-trained backbone"
+        f, before = resnet(arch, width, stem), "pre-trained backbone"
+        load_backbone(f, weights)
         if args.mode == "scratch":
             f, before = resnet(arch, width, stem), "random backbone"
         network = nn.Sequential(f, *load_head(saved, args.head_layers))

@@ -231,7 +231,7 @@ def train(args):
              f"try {2 ** (count // 2).bit_length()}")
     torch.manual_seed(args.seed)
     stem = ("cifar" if size <= 64 else "imagenet") if args.stem == "auto" else args.stem
-    model = Model(partial(resnet, args.arch, args.width, stem, args.init), args)
+    model = Model(partial(resnet, args.arch, args.width, stem), args)
     model = model.to(device, memory_format=torch.channels_last)
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
     # <method>
@@ -592,8 +592,8 @@ def open_run(args, data, model, optimizer, lr):
     if args.save_views:
         images = data.train_images[::max(1, len(data.train_images) // 8)][:8]  # of all classes
         columns = [images / 255, *augment(images, args)]
-        columns = [F.interpolate(x, images.shape[2:]) for x in columns]
-        save_image(torch.stack(columns, 1).flatten(0, 1), args.save_views, nrow=len(columns))
+        columns = torch.stack([F.interpolate(x, images.shape[2:]) for x in columns], 1)
+        save_image(columns.flatten(0, 1), args.save_views, "png", nrow=columns.shape[1])
     log = open_log(path.with_name("log.jsonl"), saved.get("log_end", 0), args.overwrite)
     if not saved:
         path.unlink(missing_ok=True)  # a run killed early must not resume as the one before it

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 REFERENCE = ROOT / "tests" / "reference"
 FOLDERS = {
     "headline": "What do the defaults reach in 200 epochs on CIFAR-10?",
-    "few_epochs": "Does kNN rise within minutes on a CPU? (It says nothing of which method is best.)",
+    "few_epochs": "Does kNN rise within minutes on a CPU? (This does not rank the methods.)",
     "ablations/simsiam_schedule": "Which schedule ends higher, after 30 epochs at a quarter of the "
                                   "width? (PLAN.md; arms a, b, ... as there)"}
 METHODS = {  # idea, published kNN at 200 epochs and batch 512, its source
@@ -107,8 +107,8 @@ def runs(folder):
 
 def results():
     """RESULTS.md."""
-    out = ["# Results", "", "Made by `python tests/report.py` from the logs in these folders: kNN in "
-           "percent after the last epoch, mean (lowest-highest) over seeds.", ""]
+    out = ["# Results", "", "Made by `python tests/report.py` from the logs in these folders: kNN "
+           "in percent after the last epoch, mean (lowest-highest) over seeds.", ""]
     for folder, question in FOLDERS.items():
         groups = runs(folder)
         if not groups:

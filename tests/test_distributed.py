@@ -90,9 +90,11 @@ def test_one_process_gathers_what_it_has():
 MOCO = ["--batch-size", "16", "--bn-splits", "2", "--queue", "24"]
 
 
-def shuffled(rank, out):
+def shuffled(rank, out, variables):
     """Keys of half of a fixed batch, in evaluation and in training, and the queue they make."""
     dist.init_process_group("gloo")
+    for name in () if variables else ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]  # mpirun has others
     torch.manual_seed(0)
     model = moco.Model(lambda: common.resnet(width=0.25), moco.parse_args(MOCO))
     x = torch.load(out / "in.pt")[8 * rank:8 * rank + 8]
@@ -104,11 +106,12 @@ def shuffled(rank, out):
     dist.destroy_process_group()
 
 
-def test_moco_shuffles_keys_across_processes(tmp_path):
+@pytest.mark.parametrize("variables", [True, False], ids=["torchrun", "another launcher"])
+def test_moco_shuffles_keys_across_processes(variables, tmp_path):
     """Every view gets its own key; its statistics are not its own process's; one queue."""
     x = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     torch.save(x, tmp_path / "in.pt")
-    in_two_processes(shuffled, tmp_path)
+    in_two_processes(shuffled, tmp_path, variables)
     torch.manual_seed(0)
     model = moco.Model(lambda: common.resnet(width=0.25), moco.parse_args(MOCO))
     one = model.eval().key(x)

@@ -272,7 +272,8 @@ def test_foreign_weights_are_all_used(form, resnet18, tmp_path, capsys):
     torch.save(saved, tmp_path / "w.pth")
     kept, ours = linear_eval.read_weights(tmp_path / "w.pth", prefix)
     assert ours == {} and len(kept) == len(resnet18) - 2
-    f = common.resnet("resnet18", 1.0, "imagenet", kept)
+    f = common.resnet("resnet18", 1.0, "imagenet")
+    common.load_backbone(f, kept)
     assert all(x.equal(resnet18[key]) for key, x in f.state_dict().items())
     assert capsys.readouterr().err == (
         f"left out, as no ResNet has it: {left_out}\n" if left_out else "")
@@ -309,7 +310,7 @@ def test_wide_weights(tmp_path):
     """SimCLR's 2x: every channel count doubled."""
     weights = common.resnet("resnet50", 2.0, "imagenet").state_dict()
     assert weights["layer4.2.conv3.weight"].shape == (4096, 1024, 1, 1)
-    assert common.resnet("resnet50", 2.0, "imagenet", weights).num_features == 4096
+    common.load_backbone(common.resnet("resnet50", 2.0, "imagenet"), weights)
 
 
 def test_foreign_weights_run_with_imagenet_statistics(resnet18, folder, tmp_path):
@@ -334,7 +335,8 @@ def test_weights_that_do_not_fit_are_refused_and_listed(resnet18, run, tmp_path,
             (resnet18, ["--stem", "cifar"], "conv1.weight"),
             (mocos, [], "2 ResNets", "encoder_q. encoder_k.", "--prefix"),
             (mocos, ["--prefix", "encoder."], "0 of --prefix 'encoder.'"),
-            ({"fc.weight": torch.zeros(1)}, [], "no ResNet"), (torch.zeros(3), [], "no ResNet"),
+            ({"fc.weight": torch.zeros(1)}, [], "no ResNet"),
+            (torch.zeros(3), [], "not a file of weights"),
             ({"conv1.weight": 3}, [], "no ResNet"), ({0: torch.zeros(3)}, [], "no ResNet"),
             ({"conv1.weight": resnet18["conv1.weight"]}, [], 'Missing key(s) in state_dict: "bn1'),
             (resnet18, ["--head-layers", "1"], "0 layers")):
@@ -347,7 +349,8 @@ def test_weights_that_do_not_fit_are_refused_and_listed(resnet18, run, tmp_path,
 def test_old_weights_without_batch_counts(resnet18):
     old = {key: x for key, x in resnet18.items()
            if "num_batches" not in key and not key.startswith("fc.")}
-    f = common.resnet("resnet18", 1.0, "imagenet", old)
+    f = common.resnet("resnet18", 1.0, "imagenet")
+    common.load_backbone(f, old)
     assert f.bn1.weight.equal(resnet18["bn1.weight"])
 
 

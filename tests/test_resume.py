@@ -106,7 +106,7 @@ def test_resuming_a_finished_run_returns_its_end(flags, finished, tmp_path, caps
         capsys.readouterr()
         assert simsiam.main(flags(simsiam, "--resume")) == end
         said = capsys.readouterr().out
-        assert "0 of 2 epochs to go" in said and said.count("\n") == 2
+        assert "0 of 2 epochs to go" in said and said.count("\n") == 3
         assert (out / "checkpoint.pt").read_bytes() == before
         assert epochs(out) == [0, 1, 2] and len(read_log(out)[0]) == 2
 
@@ -160,10 +160,10 @@ def test_resume_refuses_what_is_no_checkpoint(flags, finished, capsys, tmp_path)
     whole = checkpoint.read_bytes()
     for content in (b"", b"garbage", whole[:len(whole) // 2]):
         checkpoint.write_bytes(content)
-        refused(capsys, simsiam, flags(simsiam, "--resume"), "checkpoint.pt is not a checkpoint")
+        refused(capsys, simsiam, flags(simsiam, "--resume"), "checkpoint.pt is not a file of")
         assert checkpoint.read_bytes() == content
     torch.save({"epoch": 1}, checkpoint)  # somebody else's
-    refused(capsys, simsiam, flags(simsiam, "--resume"), "checkpoint.pt is not a checkpoint")
+    refused(capsys, simsiam, flags(simsiam, "--resume"), "checkpoint.pt is not a file of weights")
 
 
 @pytest.mark.parametrize("kept", [None, -1], ids=["deleted", "truncated"])
@@ -272,7 +272,7 @@ def test_a_full_disk_keeps_the_last_epoch(flags, whole_runs, capsys, tmp_path, m
     assert load(out)["epoch"] == 0
     with monkeypatch.context() as patch:
         opened = simsiam.open_log
-        patch.setattr(simsiam, "open_log", lambda path, end: FullLog(opened(path, end)))
+        patch.setattr(simsiam, "open_log", lambda *a: FullLog(opened(*a)))
         refused(capsys, simsiam, flags(simsiam, "--resume"), "No space left")
     assert load(out)["epoch"] == 1
     simsiam.main(flags(simsiam, "--resume"))
@@ -336,7 +336,7 @@ def test_kills_at_random_moments_lose_nothing(flags, tmp_path):
     """
     context, run, total = fast_start(), tmp_path / "run", 40
     argv = flags(moco, "--epochs", str(total), "--knn-every", str(total), "--batch-size", "20",
-                 "--queue", "15", "--image-size", "8", "--resume")  # two steps an epoch: more kills while saving
+                 "--queue", "15", "--image-size", "8", "--resume")  # two steps an epoch
     rng, kept = random.Random(0), -1
 
     def start(*more):
@@ -414,10 +414,10 @@ def test_init_refuses_other_networks_and_files(flags, whole_runs, capsys, tmp_pa
     source = str(whole_runs(simsiam)[0] / "checkpoint.pt")
     (tmp_path / "text.pt").write_text("no weights")
     for init, more, words in (
-            (source, ["--width", "0.5"], ["resnet18 of width 0.5", "--width", "conv1"]),
-            (source, ["--arch", "resnet34"], ["resnet34", "--arch"]),
+            (source, ["--width", "0.5"], ["weights of this network", "--width", "conv1"]),
+            (source, ["--arch", "resnet34"], ["--arch", "layer1.2"]),
             (str(tmp_path / "none.pt"), [], ["there is no", "none.pt"]),
-            (str(tmp_path / "text.pt"), [], ["text.pt is not a checkpoint"])):
+            (str(tmp_path / "text.pt"), [], ["text.pt is not a file of weights"])):
         refused(capsys, simsiam, flags(simsiam, "--init", init, *more), *words)
     assert not (tmp_path / "run").exists()
 
