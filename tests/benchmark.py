@@ -1,10 +1,10 @@
 """How fast: python tests/benchmark.py [--device cuda] [--method simsiam] [--width 1] ...
 
 Prints, from one run on one machine, ratios that can be compared where seconds cannot:
-  augmentation      views/s of `augment`, and of torchvision's per-image PIL pipeline in one process a core
+  augmentation      views/s of `augment`, and of torchvision's PIL pipeline in a process a core
   training          views/s of `main` itself, last epoch, augmentation included
-  fixed batch       the same loop fed one batch of ready views: what is left is network, loss and optimizer
-  usual loop        the same network in an eager loop over a DataLoader of torchvision's transforms (simsiam only)
+  fixed batch       the same loop fed one batch of ready views: network, loss and optimizer
+  usual loop        the network in an eager loop over torchvision's transforms (simsiam only)
   kNN               seconds for the features of all images and the vote
   memory            peak of the process, or of the GPU
 On CUDA also FLOP/s and the share of a measured bf16 matrix-product peak.
@@ -44,7 +44,8 @@ class PilViews(Dataset):
         self.images = [to_pil_image(image) for image in images]
         self.view = T.Compose([
             T.RandomResizedCrop(images.shape[3], (0.2, 1)), T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2), T.ToTensor()])
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2),
+            T.ToTensor()])
 
     def __len__(self):
         return len(self.images)
@@ -73,25 +74,30 @@ def augmentation(module, args, images, device):
     for _ in range(4):  # the first round starts workers and is not counted
         theirs.append(2 * len(images) / seconds(device, lambda: [None for _ in loader]))
         parts = on_device.split(args.batch_size)
-        ours.append(views * len(images) / seconds(device, lambda: [module.augment(part, flags) for part in parts]))
+        took = seconds(device, lambda: [module.augment(part, flags) for part in parts])
+        ours.append(views * len(images) / took)
     return max(ours[1:]), max(theirs[1:])
 
 
 def train(module, args, data, device, *more):
     """The metrics of the last of three epochs of `main` on this data."""
     module.load_dataset = lambda *a: data
-    own = ["--queue", str(min(4096, len(data.train_images) - args.batch_size))] if args.method == "moco" else []
+    queue = str(min(4096, len(data.train_images) - args.batch_size))
+    own = ["--queue", queue] if args.method == "moco" else []
     with tempfile.TemporaryDirectory() as out:
-        return module.main(["--dataset", "shapes", "--width", str(args.width), "--epochs", "3", "--device", device,
-                            "--batch-size", str(args.batch_size), "--out", out, *own, *more])
+        return module.main([
+            "--dataset", "shapes", "--width", str(args.width), "--epochs", "3", "--device", device,
+            "--batch-size", str(args.batch_size), "--out", out, *own, *more])
 
 
 def usual_loop(module, args, images, device, steps):
-    """Views/s of what SimSiam examples do: torchvision's transforms in a worker a core, a plain eager loop, bf16 on CUDA."""
-    model = module.Model(lambda: common.resnet("resnet18", args.width), module.parse_args([])).to(device)
+    """Views/s of what SimSiam examples do: transforms in a worker a core, a plain eager loop."""
+    model = module.Model(lambda: common.resnet("resnet18", args.width), module.parse_args([]))
+    model = model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.06, 0.9, weight_decay=5e-4)
-    loader = DataLoader(PilViews(images), args.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count(),
-                        pin_memory=device == "cuda", persistent_workers=True)
+    loader = DataLoader(PilViews(images), args.batch_size, shuffle=True, drop_last=True,
+                        num_workers=os.cpu_count(), pin_memory=device == "cuda",
+                        persistent_workers=True)
     done, begun = 0, None
     while done < steps:
         for x1, x2 in loader:
@@ -110,7 +116,7 @@ def usual_loop(module, args, images, device, steps):
 
 
 def draw_jpegs(root, count, megapixels):
-    """A folder a class in train/ (nine tenths) and val/: enlarged shapes with grain, of five sizes."""
+    """A folder a class in train/ (nine tenths) and val/: enlarged shapes with grain, five sizes."""
     images, labels = common.draw_shapes(count)
     scale = (megapixels / 0.1875) ** 0.5
     sides = [(round(h * scale), round(w * scale)) for h, w in
@@ -119,25 +125,28 @@ def draw_jpegs(root, count, megapixels):
     def draw(i):
         path = Path(root, "val" if i % 10 == 9 else "train", common.SHAPES[labels[i]], f"{i}.jpg")
         path.parent.mkdir(parents=True, exist_ok=True)
-        x = torch.nn.functional.interpolate(images[i:i + 1].float(), sides[i % 5], mode="bicubic")[0]
+        x = images[i:i + 1].float()
+        x = torch.nn.functional.interpolate(x, sides[i % 5], mode="bicubic")[0]
         to_pil_image((x + 8 * torch.randn(x.shape)).clamp(0, 255).byte()).save(path, quality=90)
     with ThreadPoolExecutor() as pool:
         list(pool.map(draw, range(count)))
 
 
 def measured(name, count, work):
-    """Run work(), print its images/s and the peak of the process's own memory (Linux: pages of no file)."""
+    """Run work(), print its images/s and the peak of the process's own memory (Linux)."""
     def own():
         return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
     peak, ended = [own()], threading.Event()
-    watch = threading.Thread(target=lambda: [peak.append(own()) for _ in iter(lambda: ended.wait(0.05), True)])
+    watch = threading.Thread(
+        target=lambda: [peak.append(own()) for _ in iter(lambda: ended.wait(0.05), True)])
     watch.start()
     start = time.perf_counter()
     work()
     rate = count / (time.perf_counter() - start)
     ended.set()
     watch.join()
-    print(f"{name:28} {rate:8,.0f} images/s  memory before {peak[0]:,.0f} MiB, peak {max(peak):,.0f} MiB", flush=True)
+    print(f"{name:28} {rate:8,.0f} images/s  memory before {peak[0]:,.0f} MiB, "
+          f"peak {max(peak):,.0f} MiB", flush=True)
     return rate
 
 
@@ -157,35 +166,42 @@ def folders(count, megapixels, other, size=224):
                          for name, module in (("theirs", theirs), ("ours", common))]
                 print(f"ours is {rates[1] / rates[0]:.2f} times as fast")
             return
-        loaders = [DataLoader(datasets.ImageFolder(f"{root}/{split}", view), 64, num_workers=os.cpu_count()) for split in ("train", "val")]
-        measured("torchvision, every epoch", count, lambda: [None for loader in loaders for _ in loader])
+        loaders = [DataLoader(datasets.ImageFolder(f"{root}/{split}", view), 64,
+                              num_workers=os.cpu_count()) for split in ("train", "val")]
+        measured("torchvision, every epoch", count,
+                 lambda: [None for loader in loaders for _ in loader])
         once = measured("decoding once", count, lambda: common.load_dataset("folder", root, size))
         data = common.load_dataset("folder", root, size)
         order = torch.randperm(len(data.train_images))
-        epoch = measured("an epoch from the cache", len(order), lambda: [None for _ in common.batches(data.train_images, order, 64, "cpu")])
+        epoch = measured("an epoch from the cache", len(order), lambda: [
+            None for _ in common.batches(data.train_images, order, 64, "cpu")])
         print(f"an epoch is {epoch / once:.0f} times as fast as decoding")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="simsiam", choices=("simclr", "moco", "simsiam", "simsiam_logo"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="simsiam",
+                        choices=("simclr", "moco", "simsiam", "simsiam_logo"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--width", type=float, help="default: 1 on CUDA, 0.25 on the CPU")
     parser.add_argument("--batch-size", type=int, help="default: 512 on CUDA, 256 on the CPU")
     parser.add_argument("--images", type=int, help="default: 50000 on CUDA, 2048 on the CPU")
-    parser.add_argument("--jpegs", type=int, metavar="N", help="measure a folder of N files instead")
+    parser.add_argument("--jpegs", type=int, metavar="N", help="measure a folder of N instead")
     parser.add_argument("--megapixels", type=float, default=0.1875, help="of these files")
-    parser.add_argument("--common", metavar="PATH", help="another common.py, to decode with in turn")
+    parser.add_argument("--common", metavar="PATH", help="another common.py, to decode with too")
     args = parser.parse_args()
     if args.jpegs:
         return folders(args.jpegs, args.megapixels, args.common)
     cuda = args.device == "cuda"
-    args.width, args.batch_size = args.width or (1 if cuda else 0.25), args.batch_size or (512 if cuda else 256)
+    args.width = args.width or (1 if cuda else 0.25)
+    args.batch_size = args.batch_size or (512 if cuda else 256)
     args.images = args.images or (50000 if cuda else 2048)
     module = importlib.import_module(args.method)
     shapes = common.load_dataset("shapes")
     index = torch.arange(args.images) % 6000
-    data = shapes._replace(train_images=shapes.train_images[index], train_labels=shapes.train_labels[index])
+    data = shapes._replace(train_images=shapes.train_images[index],
+                           train_labels=shapes.train_labels[index])
 
     ours, theirs = augmentation(module, args, data.train_images[:4096], args.device)
     run = train(module, args, data, args.device, "--knn-every", "3")
@@ -193,19 +209,25 @@ def main():
     ready = [real_normalize(view, data.mean, data.std).to(args.device) for view in
              real_augment(data.train_images[:args.batch_size], module.parse_args([]))]
     module.augment = lambda x, flags: ready
-    module.normalize = lambda x, mean, std: x if x.is_floating_point() else real_normalize(x, mean, std)
+    module.normalize = lambda x, *stats: x if x.is_floating_point() else real_normalize(x, *stats)
     fixed = train(module, args, data, args.device, "--knn-every", "3")
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{args.method}, {name}, torch {torch.__version__}, width {args.width}, batch {args.batch_size}")
-    print(f"augmentation   {ours:10,.0f} views/s  torchvision {theirs:,.0f} in {os.cpu_count()} processes: {ours / theirs:.1f}x")
+    print(f"\n{args.method}, {name}, torch {torch.__version__}, width {args.width}, "
+          f"batch {args.batch_size}")
+    print(f"augmentation   {ours:10,.0f} views/s  torchvision {theirs:,.0f} in {os.cpu_count()} "
+          f"processes: {ours / theirs:.1f}x")
     print(f"training       {run['views_s']:10,.0f} views/s")
-    print(f"fixed batch    {fixed['views_s']:10,.0f} views/s  training reaches {run['views_s'] / fixed['views_s']:.0%} of it")
+    print(f"fixed batch    {fixed['views_s']:10,.0f} views/s  training reaches "
+          f"{run['views_s'] / fixed['views_s']:.0%} of it")
     if args.method == "simsiam":
         module.augment, module.normalize = real_augment, real_normalize
         usual = usual_loop(module, args, data.train_images, args.device, 100 if cuda else 20)
         print(f"usual loop     {usual:10,.0f} views/s  training is {run['views_s'] / usual:.1f}x")
-    print(f"kNN            {run['knn_seconds']:10.2f} s for {len(data.train_images) + len(data.test_images):,} images")
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    count = len(data.train_images) + len(data.test_images)
+    print(f"kNN            {run['knn_seconds']:10.2f} s for {count:,} images")
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
     print(f"peak memory    {peak / 2**30:10.2f} GiB")
     if cuda:
         flags = module.parse_args(["--batch-size", str(args.batch_size)])
@@ -213,12 +235,15 @@ def main():
         with FlopCounterMode(display=False) as counter:
             out = model(*ready)
             flat = [t for part in (out if isinstance(out, (list, tuple)) else [out])
-                    for t in (part if isinstance(part, (list, tuple)) else [part]) if t.requires_grad]
+                    for t in (part if isinstance(part, (list, tuple)) else [part])
+                    if t.requires_grad]
             sum(t.float().sum() for t in flat).backward()
         flop = counter.get_total_flops() / args.batch_size / len(ready) * run["views_s"]
         a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        peak = 2 * 8192**3 * 20 / min(seconds("cuda", lambda: [a @ a for _ in range(20)]) for _ in range(5))
-        print(f"arithmetic     {flop / 1e12:10.0f} TFLOP/s  {flop / peak:.0%} of the matrix-product peak, {peak / 1e12:.0f}")
+        best = min(seconds("cuda", lambda: [a @ a for _ in range(20)]) for _ in range(5))
+        peak = 2 * 8192**3 * 20 / best
+        print(f"arithmetic     {flop / 1e12:10.0f} TFLOP/s  {flop / peak:.0%} of the "
+              f"matrix-product peak, {peak / 1e12:.0f}")
 
 
 if __name__ == "__main__":

@@ -213,6 +213,11 @@ def test_the_names_users_import(module):
         assert arguments is None or parameters == arguments.split(), name
 
 
+def test_lines_of_the_tests_are_short():
+    for path in (ROOT / "tests").glob("*.py"):
+        assert max(map(len, path.read_text().splitlines())) <= WIDTH, path.name
+
+
 def test_the_house_holds_nothing_else():
     """Top level: what DESIGN names."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
