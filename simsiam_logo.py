@@ -27,7 +27,7 @@ Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order
   of the four colour operations is drawn once a batch, to run each once on all of its views.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
-- A folder's crops are cut from images already resized to --image-size, not antialiased.
+- A folder's crops are cut, not antialiased, from images resized once (large JPEGs by `draft`).
 - g's last batch norm has no scale and shift, as in the authors' code (SimSiam's builder.py).
 - The defaults are CIFAR's at any size, 200 epochs of the paper's 800; for ImageNet SimSiam has
   a projector of three layers, lr 0.05 and weight decay 1e-4.
@@ -455,7 +455,7 @@ def gaussian_blur(x, sigma):
     kernel = torch.softmax(-0.5 * (at / sigma[:, None]).square(), 1)  # (N, 2 half + 1)
     kernel = kernel.repeat_interleave(c, 0)[:, None, None]
     x = F.pad(x, 4 * [half], mode="reflect").flatten(0, 1)[None]  # (1, 3N, ., .)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):  # likewise for copiers
         x = F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c)
     return x.view(n, c, h, w)
 
