@@ -558,8 +558,8 @@ def load_checkpoint(path, method=None, args=None, data=None):
             cause = "a pointer of Git LFS: git lfs pull brings the file"
         elif start[8:] == b'{"':
             cause = "safetensors: read it with safetensors.torch.load_file, then torch.save it"
-        raise UserError(f"{path} is not a file of weights, or was cut ({cause}): restore it; a run "
-                        "begins anew with --overwrite") from None
+        hint = "; restore it, or begin anew with --overwrite" if args else ""
+        raise UserError(f"{path} is not a file of weights, or was cut ({cause}){hint}") from None
     free = ("data_dir", "cache_dir", "max_pixels", "workers", "init", "device", "compile", "out",
             "resume", "overwrite", "save_views", "knn_every", "knn_k", "knn_tau")  # may change
     ours = {**vars(args), "method": method, "images": len(data.train_images),
@@ -589,10 +589,10 @@ def save_checkpoint(path, state):
 def restore(model, path):
     """Begin with a checkpoint's whole model, if it fits, or else with its backbone's weights."""
     saved = load_checkpoint(path)
-    whole, state = saved.get("model"), model.state_dict()
-    if isinstance(whole, dict) and all(  # or else names or shapes differ
-            getattr(whole.get(key), "shape", 0) == x.shape for key, x in state.items()):
-        model.load_state_dict(whole)
+    ours, theirs = model.state_dict(), saved.get("model")
+    if isinstance(theirs, dict) and ours.keys() == theirs.keys() and all(
+            getattr(theirs[key], "shape", None) == x.shape for key, x in ours.items()):
+        model.load_state_dict(theirs)
         return
     for f in (part for part in model.children() if isinstance(part, ResNet)):  # MoCo has two
         load_backbone(f, saved.get("backbone", saved.get("state_dict", saved)))

@@ -415,9 +415,9 @@ def main(argv=None):
             try:
                 tempfile.TemporaryFile(dir=folder).close()  # before the work
             except OSError as problem:
-                raise ValueError(f"cannot write to {folder} ({problem}): try --out") from None
+                raise ValueError(f"cannot write to {folder} ({problem.strerror})") from None
         data = load_dataset(name, data_dir, size, args.cache_dir or known["cache_dir"], device,
-                            args.skip_broken, args.max_pixels)
+                            args.skip_broken or known.get("skip_broken"), args.max_pixels)
         if data.test_labels is None and args.mode != "linear":
             raise ValueError(f"--mode {args.mode} needs labels: a folder a class")
     except (OSError, ValueError) as problem:
@@ -433,7 +433,7 @@ def main(argv=None):
     if not (bank.isfinite().all() and test[0].isfinite().all()):
         fail("features are not finite: broken weights, or try --precision fp32", status=1)
 
-    results, keep, line = {}, (), "no labels to test on: no accuracies"
+    results, keep, line = {}, (), "no labels in a test/ or val/: no accuracies"
     if data.test_labels is not None:
         keep = few_labels(data.train_labels.cpu(), args.label_fraction, args.seed)
         kept = bank if args.label_fraction == 1 else bank[keep]
@@ -466,7 +466,7 @@ def main(argv=None):
             outputs[path](path)
         except (OSError, RuntimeError) as problem:  # torch.save: the latter
             problems.append(f"cannot write {path} ({problem})")
-    say(line)
+    say(f"{line}\nwrote {out / result}")
     if args.export and (stem == "cifar" or width != 1):
         sys.stderr.write(f"warning: torchvision has no such ResNet, load {args.export} into "
                          f"common.py's: resnet({arch!r}, {width:g}, {stem!r})\n")

@@ -627,7 +627,7 @@ def save_epoch(log, record, args, model, optimizer, data):
         line += f" left={(args.epochs - record['epoch']) * record['seconds'] / 60:.0f}min"
     say(line + (" warning: std says collapsed" if record.get("std", 1) < 0.1 else ""))
     if record["epoch"] == args.epochs:
-        say(f"wrote {args.out}/log.jsonl; next: python linear_eval.py {args.out}/checkpoint.pt")
+        say(f"wrote {args.out}; next: python linear_eval.py {shlex.quote(args.out)}/checkpoint.pt")
 
 
 def main(argv=None):
@@ -642,7 +642,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         again = "the same command with"
         if argv is None and processes().world == 1:
-            again = shlex.join(word for word in sys.orig_argv if word != "--overwrite")
+            again = shlex.join(x for x in sys.orig_argv if x not in ("--overwrite", "--resume"))
         if processes().rank == 0:
             sys.stderr.write(f"stopped: what is saved goes on with: {again} --resume\n")
         raise SystemExit(128 + signal.SIGINT) from None

@@ -458,7 +458,7 @@ def test_pictures_of_a_run_and_of_unlabelled_images(run, folder, tmp_path, capsy
     for path in paths:
         path.unlink()
     assert judge(run(), "--data-dir", folder / "train", *pictures) == {}
-    assert capsys.readouterr().out.endswith("no labels to test on: no accuracies\n")
+    assert "no labels in a test/ or val/: no accuracies\n" in capsys.readouterr().out
     assert all(path.exists() for path in paths)
     for flag, path in zip(flags, paths):
         refused(capsys, linear_eval, [run(), flag, str(tmp_path / "no" / path.name)],
@@ -482,7 +482,7 @@ def test_broken_weights_end_in_one_line(run, tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, capsys, monkeypatch):
     monkeypatch.setattr(linear_eval, "load_dataset", lambda *a: pytest.fail("read data"))
     for flags in (["--out", "/proc/self"], ["--export", "/proc/self/b.pth"]):
-        refused(capsys, linear_eval, [run(), *flags], "cannot write to /proc/self", "--out")
+        refused(capsys, linear_eval, [run(), *flags], "cannot write to /proc/self")
 
 
 def test_what_can_be_written_is_when_something_cannot(run, tmp_path, capsys):

@@ -21,6 +21,7 @@ import common
 import moco
 import simclr
 import simsiam
+import simsiam_logo
 from conftest import ROOT, equal, fast_start, load, picture, read_log, refused
 
 CLOCK = ("seconds", "views_s", "knn_seconds")
@@ -407,6 +408,15 @@ def test_init_takes_torchvisions_names(key, flags, tmp_path):
     ours = load(tmp_path / "run")["backbone"]
     assert ours.keys() == {name for name in weights if not name.startswith("fc.")}
     assert all(x.equal(weights[name]) for name, x in ours.items())
+
+
+def test_init_from_a_method_with_more_is_its_backbone(flags, whole_runs, tmp_path):
+    """LoGo's model holds all of SimSiam's and an affinity: not the whole, the backbone is taken."""
+    source = whole_runs(simsiam_logo)[0] / "checkpoint.pt"
+    simsiam.main(flags(simsiam, "--init", str(source), "--lr", "1e-8", "--epochs", "1"))
+    begun, ours = load(source.parent)["backbone"], load(tmp_path / "run")["backbone"]
+    assert all(torch.allclose(ours[key], x, atol=1e-5) for key, x in begun.items()
+               if key.endswith("weight"))
 
 
 def test_init_refuses_other_networks_and_files(flags, whole_runs, capsys, tmp_path):
