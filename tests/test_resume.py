@@ -180,6 +180,18 @@ def test_resume_refuses_a_log_that_lost_lines(kept, flags, finished, capsys, tmp
     assert simsiam.main(flags(simsiam, "--resume"))["epoch"] == 2
 
 
+def test_a_log_without_its_checkpoint_is_not_replaced_unasked(flags, finished, capsys, tmp_path):
+    """The record of a whole run stays; what a start that was killed left does not stop the next."""
+    finished(simsiam)
+    (tmp_path / "run/checkpoint.pt").unlink()
+    before = (tmp_path / "run/log.jsonl").read_text()
+    for way in ((), ("--resume",)):
+        refused(capsys, simsiam, flags(simsiam, *way), "no checkpoint beside it", "--overwrite")
+        assert (tmp_path / "run/log.jsonl").read_text() == before
+    (tmp_path / "run/log.jsonl").write_text(before.splitlines()[0] + "\n")
+    assert simsiam.main(flags(simsiam, "--resume"))["epoch"] == 2
+
+
 def test_a_run_is_not_overwritten_unasked(flags, finished, capsys, tmp_path):
     finished(simsiam)
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
