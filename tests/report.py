@@ -158,7 +158,7 @@ def table():
 
 def svg(curves, dashed=()):
     """Curves (label, color, [(epoch, kNN)]) and dashed lines (label, color, kNN) as plain SVG."""
-    width, height, left, bottom, right = 720, 400, 46, 40, 170
+    width, height, left, bottom, right = 760, 400, 46, 40, 210
     epochs = max(epoch for *_, points in curves for epoch, _ in points)
     values = [knn for *_, points in curves for _, knn in points] + [knn for *_, knn in dashed]
     low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
@@ -205,7 +205,8 @@ def curve(epochs):
 def headline_svg():
     """The 200-epoch runs and what is published for them."""
     found = {name: group for (name, _), group in runs("headline").items()}
-    curves = [(f"{name}.py", COLORS[name], curve(group[0][2])) for name, group in found.items()]
+    curves = [(group[0][0].stem.replace("_jpeg", ", JPEG copy"), COLORS[name], curve(group[0][2]))
+              for name, group in found.items()]
     dashed = [(f"{name}, published", COLORS[name], float(METHODS[name][1].split("-")[-1]))
               for name in found]
     return svg(curves, dashed)
