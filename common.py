@@ -29,6 +29,7 @@ from torch import nn
 from torchvision import datasets, models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms import functional as TF
+from torchvision.utils import save_image
 
 try:
     import fcntl
@@ -596,6 +597,15 @@ def restore(model, path):
         return
     for f in (part for part in model.children() if isinstance(part, ResNet)):  # MoCo has two
         load_backbone(f, saved.get("backbone", saved.get("state_dict", saved)))
+
+
+def draw_columns(path, columns, args):
+    """Draw images and what was made of them, each (N, 3, ., .) in [0, 1], as columns of a PNG."""
+    if args.dataset == "folder" and Path(args.data_dir).resolve() in Path(path).resolve().parents:
+        raise UserError(f"{path} lies in --data-dir and would be trained on: draw it elsewhere")
+    size = columns[0].shape[2:]
+    rows = torch.stack([nn.functional.interpolate(x, size) for x in columns], 1).flatten(0, 1)
+    save_image(rows, path, "png", nrow=len(columns))
 
 
 def open_log(path, end, overwrite):

@@ -49,11 +49,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
-from common import (ARCHS, DATASETS, UserError, batches, choose_device, environment, gather,
-                    load_checkpoint, load_dataset, normalize, open_log, processes,
-                    resnet, restore, save_checkpoint, say, with_progress, wrap)
+from common import (ARCHS, DATASETS, UserError, batches, choose_device, draw_columns,
+                    environment, gather, load_checkpoint, load_dataset, normalize, open_log,
+                    processes, resnet, restore, save_checkpoint, say, with_progress, wrap)
 
 
 # =================== 1. Recipe (method) ===================
@@ -546,9 +545,7 @@ def open_run(args, data, model, optimizer, lr):
         return None, saved.get("record")
     if args.save_views:
         images = data.train_images[::max(1, len(data.train_images) // 8)][:8]  # of all classes
-        columns = [images / 255, *augment(images, args)]
-        columns = torch.stack([F.interpolate(x, images.shape[2:]) for x in columns], 1)
-        save_image(columns.flatten(0, 1), args.save_views, "png", nrow=columns.shape[1])
+        draw_columns(args.save_views, [images / 255, *augment(images, args)], args)
     log = open_log(path.with_name("log.jsonl"), saved.get("log_end", 0), args.overwrite)
     if not saved:
         path.unlink(missing_ok=True)  # a run killed early must not resume as the one before it

@@ -420,7 +420,9 @@ def test_views_picture(flags, tmp_path, capsys):
     assert max(levels[:4]) < min(levels[4:])  # dark ones, then light ones
     wrong = str(tmp_path / "no/views.png")
     refused(capsys, simsiam_logo, [*argv, wrong, "--out", str(tmp_path / "b")], "no/views.png")
-    assert not (tmp_path / "b").exists()
+    inside = argv[argv.index("--data-dir") + 1] + "/train/views.png"  # the next run's image
+    refused(capsys, simsiam_logo, [*argv, inside, "--out", str(tmp_path / "b")], "trained on")
+    assert not (tmp_path / "b").exists() and not os.path.exists(inside)
 
 
 def test_unlabelled_images_train_without_knn(flags, folder, capsys):
