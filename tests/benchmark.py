@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import threading
@@ -116,20 +117,32 @@ def usual_loop(module, args, images, device, steps):
 
 
 def draw_jpegs(root, count, megapixels):
-    """A folder a class in train/ (nine tenths) and val/: enlarged shapes with grain, five sizes."""
+    """A folder a class in train/ (nine tenths) and val/: enlarged shapes with grain, five sizes.
+
+    Of large ones the first hundred are drawn, the others are copies: drawing takes seconds each.
+    """
     images, labels = common.draw_shapes(count)
+    drawn = min(count, 100) if megapixels >= 1 else count
     scale = (megapixels / 0.1875) ** 0.5
     sides = [(round(h * scale), round(w * scale)) for h, w in
              ((375, 500), (500, 375), (333, 500), (400, 400), (480, 640))]
 
+    def path_of(i):
+        return Path(root, "val" if i % 10 == 9 else "train", common.SHAPES[labels[i]], f"{i}.jpg")
+
     def draw(i):
-        path = Path(root, "val" if i % 10 == 9 else "train", common.SHAPES[labels[i]], f"{i}.jpg")
+        path = path_of(i)
         path.parent.mkdir(parents=True, exist_ok=True)
-        x = images[i:i + 1].float()
-        x = torch.nn.functional.interpolate(x, sides[i % 5], mode="bicubic")[0]
-        to_pil_image((x + 8 * torch.randn(x.shape)).clamp(0, 255).byte()).save(path, quality=90)
+        if i < drawn:
+            x = images[i:i + 1].float()
+            x = torch.nn.functional.interpolate(x, sides[i % 5], mode="bicubic")[0]
+            x = (x + 8 * torch.randn(x.shape)).clamp(0, 255).byte()
+            to_pil_image(x).save(path, quality=90)
+        else:
+            shutil.copyfile(path_of(i % drawn), path)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(draw, range(count)))
+        list(pool.map(draw, range(drawn)))
+        list(pool.map(draw, range(drawn, count)))
 
 
 def measured(name, count, work):
@@ -137,8 +150,8 @@ def measured(name, count, work):
     def own():
         return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
     peak, ended = [own()], threading.Event()
-    watch = threading.Thread(
-        target=lambda: [peak.append(own()) for _ in iter(lambda: ended.wait(0.05), True)])
+    watch = threading.Thread(daemon=True, target=lambda: [
+        peak.append(own()) for _ in iter(lambda: ended.wait(0.05), True)])
     watch.start()
     start = time.perf_counter()
     work()
