@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from importlib.util import find_spec
@@ -46,6 +46,7 @@ SPLITS = ("test", "val", "valid", "validation")  # the first with class folders 
 LITTER = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # names begin so
 STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # PIL needs other programs for these
 OURS = (".npy", ".tmp", ".lock")  # what decoding leaves
+Processes = namedtuple("Processes", "rank world local_rank")
 LARGE = threading.Lock()  # held to decode more than 2^25 pixels: one such image at a time
 
 
@@ -462,16 +463,11 @@ class UserError(ValueError):
     """What the user can mend; the text is one line that says how."""
 
 
-class Processes(NamedTuple):
-    """What torchrun tells this process; alone without torchrun."""
-
-    rank: int        # its number among all
-    world: int       # how many there are
-    local_rank: int  # its number on this machine, which is its GPU's
-
-
 def processes():
-    """This process among those that torchrun started."""
+    """This process among those that torchrun started: rank of world; alone without torchrun.
+
+    local_rank: its number on this machine, which is its GPU's
+    """
     local_rank = int(os.environ.get("LOCAL_RANK") or 0)
     if dist.is_initialized():  # perhaps by another launcher
         return Processes(dist.get_rank(), dist.get_world_size(), local_rank)
@@ -493,8 +489,7 @@ def wrap(model, sync_bn, compiled, device):
         compiled = (device.type == "cuda" and find_spec("triton")
                     and not (world > 1 and sync_bn))
     if compiled:  # CUDA graphs: not tried with DistributedDataParallel
-        mode = "reduce-overhead" if world == 1 else "default"
-        network = torch.compile(network, mode=mode)
+        network = torch.compile(network, mode="reduce-overhead" if world == 1 else "default")
     return network
 
 
@@ -515,8 +510,10 @@ def gather(x):
 
 def choose_device(name):
     """The device of that name, or the best there is if that is "auto"; a GPU for each process."""
-    kinds = ("cuda", "mps", "cpu") if name == "auto" else (name,)
-    device = torch.device(next(kind for kind in kinds if getattr(torch, kind).is_available()))
+    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
+    device = torch.device(there[0] if name == "auto" else name)
+    if device.type not in there:
+        raise UserError(f"--device {name}: this machine has none; use --device auto or cpu")
     if device.type == "cuda":
         torch.cuda.set_device(processes().local_rank)
         torch.backends.cudnn.benchmark = True  # time each shape's convolutions once, keep the best
@@ -526,6 +523,9 @@ def choose_device(name):
 def environment(device):
     """What a log says of where it was made: the device's name, torch, the commit of this file."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    if name == "cpu":
+        with suppress(OSError, TypeError), open("/proc/cpuinfo") as file:  # Linux
+            name = re.search("model name.*: (.*)", file.read())[1]
     failed, commit = subprocess.getstatusoutput(
         f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty')
     return {"device": name, "torch": torch.__version__, "commit": None if failed else commit}

@@ -7,44 +7,49 @@
                  features computed once, or with --augment by SGD on random crops.
 --mode finetune  backbone and classifier are trained together, from the checkpoint.
 --mode scratch   the same network from random weights: the supervised baseline.
+--mode distill   finetune, then that network teaches another one, from the checkpoint too,
+                 its softened predictions of all images: SimCLR v2's third step [2006.10029].
 
 Accuracies are percent of the whole test set after the last epoch, `balanced` the mean over
 its classes; nothing is chosen by them. The kNN is of the backbone before any training here.
 CHECKPOINT: one of the four scripts', or a file with a ResNet's weights in torchvision's
 names or numbered, as in a Sequential. What no ResNet has, such as a head, is left out.
 
-Different from the papers: a batch norm without affine before the classifier [MAE App. A].
+Different from the papers: a batch norm without affine before the classifier [MAE App. A]. In
+SimCLR v2 a student is trained by LARS for 400 epochs, here by SGD for 100, by the loss times
+tau: LARS does not see a loss's scale, SGD does. Theirs lacks the head's layers, ours has them.
 """
 
 # =================== 1. Imports ===================
 import argparse
-import importlib.util
+import copy
 import json
 import math
-import os
 import signal
 import sys
 import tempfile
 import time
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import ImageDraw, ImageOps
 from torch import nn
 from torchvision import transforms
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 
 from common import (ARCHS, DATASETS, batches, choose_device, environment, load_backbone,
-                    load_checkpoint, load_dataset, normalize, resnet, say)
+                    load_checkpoint, load_dataset, normalize, processes, resnet, say)
 
 RECIPES = {  # epochs, learning rate at batch 256, weight decay
     "linear": (1000, None, None),  # iterations at most [ours, measured: SimSiam took 800]
     "augment": (100, 0.1, 0.0),  # linear with --augment [ours; 100: MoCo CIFAR demo]
     "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5; 60 epochs for 1 % of the labels]
-    "scratch": (100, 0.1, 5e-4)}  # [ours; He et al. 1512.03385 Sec. 4.2: 0.2 by this measure]
-DEFAULTS = {"dataset": "cifar10", "data_dir": "data", "cache_dir": None,
-            "image_size": None, "arch": "resnet18", "width": 1.0}  # of foreign weights
+    "scratch": (100, 0.1, 5e-4),  # [ours; He et al. 1512.03385 Sec. 4.2: 0.2 by this measure]
+    "distill": (100, 0.06, 5e-4)}  # rate and decay of pre-training, simclr.py [SimCLR v2 Sec. 3]
+FOREIGN = {"dataset": "cifar10", "data_dir": "data", "image_size": None, "arch": "resnet18"}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's mean and std
 RESNET = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # all it has, in order
 
@@ -54,14 +59,6 @@ def fail(message, status=2):
     """End the program with one line on standard error."""
     sys.stderr.write(f"error: {' '.join(str(message).split())}\n")  # in one piece
     raise SystemExit(status)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of every flag that has one."""
-
-    def _get_help_string(self, action):
-        unset = action.default is None or action.default is False
-        return action.help if unset else super()._get_help_string(action)
 
 
 def number(kind, low, high):
@@ -78,66 +75,62 @@ def number(kind, low, high):
 def parse_args(argv=None):
     """Read the flags; make all checks that need no file; end wrong ones in one line."""
     parser = argparse.ArgumentParser(
-        description="Judge a backbone on images.", formatter_class=Help,
-        usage="%(prog)s CHECKPOINT [flags]", allow_abbrev=False)
+        description="Judge a backbone on images.", usage="%(prog)s CHECKPOINT [flags]",
+        allow_abbrev=False)
     parser.error = fail
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="ours or foreign weights")
     count, rate = number(int, 1, 10**6), number(float, 1e-8, 1e3)
     add = parser.add_argument_group("judge").add_argument
-    add("--mode", choices=("linear", "finetune", "scratch"), default="linear", help="trains what")
+    add("--mode", choices=("linear", "finetune", "scratch", "distill"), default="linear",
+        help="train a classifier; all; all from random weights; a student (default: linear)")
     add("--epochs", type=count, help="(default: finetune 30, else 100; of L-BFGS 1000)")
-    add("--lr", type=rate, help="at batch 256, scaled (default: 0.1, finetune 0.05)")
-    add("--weight-decay", type=number(float, 0, 1), help="(default: 0, scratch 5e-4)")
+    add("--lr", type=rate, help="at batch 256, scaled (default: 0.1, finetune 0.05, distill 0.06)")
+    add("--weight-decay", type=number(float, 0, 1), help="(default: 0; scratch, distill 5e-4)")
     add("--augment", action="store_true", help="random crops in linear mode too")
-    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0, help="kept of each class")
-    add("--head-layers", type=number(int, 0, 10), default=0, help="of the head [SimCLR v2 Sec. 2]")
-    add("--knn", type=count, nargs="*", default=[1, 5, 20, 200], help="neighbours")
-    add("--knn-tau", type=rate, default=0.1, help="of the votes [MoCo CIFAR demo]")
+    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0, help="kept (default: 1)")
+    add("--head-layers", type=number(int, 0, 10), default=0,
+        help="of the projector, to keep: 1 in SimCLR v2 [Sec. 2] (default: 0)")
+    add("--distill-tau", type=rate, default=0.1,
+        help="temperature of teacher and student [SimCLR v2 Sec. 3] (default: 0.1)")
+    add("--knn", type=count, nargs="*", default=[1, 5, 20, 200], help="k (default: 1 5 20 200)")
+    add("--knn-tau", type=rate, default=0.1, help="of its votes [MoCo CIFAR demo] (default: 0.1)")
     add = parser.add_argument_group("data, if not the checkpoint's").add_argument
     add("--dataset", choices=DATASETS, help="another than in pre-training: transfer")
     add("--data-dir", help="the images, or where CIFAR is downloaded to")
-    add("--cache-dir", help="of a folder's decoded images (default: in --data-dir)")
+    add("--cache-dir", help="for a folder's decoded images (default: in --data-dir)")
     add("--skip-broken", action="store_true", help="go on without files that cannot be read")
     add("--max-pixels", type=count, help="of a file (default: Pillow's limit)")
     add("--image-size", type=number(int, 8, 4096), help="pixels")
-    add("--mean", type=number(float, -10, 10), nargs=3, help="(foreign weights: ImageNet's)")
+    add("--mean", type=number(float, -10, 10), nargs=3, help="(of foreign weights: ImageNet's)")
     add("--std", type=number(float, 1e-6, 10), nargs=3, help="likewise")
-    add("--workers", type=count, default=min(8, os.cpu_count() or 1), help="reading threads")
     add = parser.add_argument_group("network, if not the checkpoint's").add_argument
     add("--arch", choices=ARCHS, help="backbone (default for foreign weights: resnet18)")
-    add("--width", type=number(float, 0.25, 16), help="times every channel count")
-    add("--stem", choices=("cifar", "imagenet"), help="(default: by the size of conv1)")
     add("--prefix", default="", help="of one backbone among several: module.encoder_q.")
-    add = parser.add_argument_group("run").add_argument
-    add("--batch-size", type=number(int, 2, 10**6), default=256, help="images a step")
-    add("--seed", type=number(int, 0, 10**9), default=0, help="of all random numbers")
-    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="bf16 on CUDA")
-    add = parser.add_argument_group("output").add_argument
+    add = parser.add_argument_group("run and output").add_argument
+    add("--batch-size", type=number(int, 2, 10**6), default=256, help="(default: 256)")
+    add("--seed", type=number(int, 0, 10**9), default=0, help="same seed, same run (default: 0)")
+    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="(default: auto)")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="of the network; auto: bf16 on CUDA, else fp32 (default: auto)")
     add("--out", help="folder of the results in JSON (default: the checkpoint's)")
     add("--neighbours", metavar="PNG", help="draw ten images and the ten nearest to each")
-    add("--map", metavar="PNG", help="draw the images in the plane of main components")
+    add("--map", metavar="PNG", help="draw the images by their two main components")
     add("--export", metavar="PTH", help="write the backbone, in torchvision's names")
-    add("--tensorboard", action="store_true", help="embedding projector, to --out")
-    args = parser.parse_args(argv)
-    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
-        fail(f"--device {args.device}: this machine has none; use --device auto or cpu")
-    for path in filter(None, (args.neighbours, args.map)):
-        if Path(path).suffix not in (".png", ".jpg"):
-            fail(f"cannot draw {path}: a picture's name ends in .png or .jpg")
-    lbfgs = args.mode == "linear" and not args.augment
-    if lbfgs and (args.lr or args.weight_decay) is not None:
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [f"--{key.replace('_', '-')}" for key in vars(args)]
+        near = get_close_matches(unknown[0], flags, 1) or ["one that --help shows"]
+        fail(f"there is no {unknown[0]}: did you mean {near[0]}?")
+    if args.mode == "linear" and not args.augment and (args.lr or args.weight_decay) is not None:
         fail("--lr and --weight-decay are not for L-BFGS: add --augment or --mode")
     if args.mode == "scratch" and args.head_layers:
         fail("--head-layers keeps what --mode scratch throws away")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        fail("--tensorboard needs a package: pip install tensorboard")
-    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+    if processes().world > 1:
         fail("this script runs in one process: start it with python, not with torchrun")
     return args
 
 
-# =================== 3. Backbone ===================
+# =================== 3. Backbone, features, kNN ===================
 def read_weights(path, prefix=""):
     """Read a checkpoint: the backbone's state dict; all of it, or {} for foreign weights.
 
@@ -145,12 +138,11 @@ def read_weights(path, prefix=""):
     Raises OSError or ValueError, in one line, for other files; never runs a file's code.
     """
     saved = load_checkpoint(path)
-    if isinstance(saved, dict) and all(
-            isinstance(saved.get(part), dict) for part in ("backbone", "model", "args")):
+    if all(isinstance(saved.get(part), dict) for part in ("backbone", "model", "args")):
         return saved["backbone"], saved
-    dicts = {f"{key}.": x for key, x in saved.items()} if isinstance(saved, dict) else {}
+    dicts = {f"{key}.": x for key, x in saved.items() if isinstance(x, dict)}
     tensors = {f"{name}{key}": x for name, part in {"": saved, **dicts}.items()
-               if isinstance(part, dict) for key, x in part.items() if torch.is_tensor(x)}
+               for key, x in part.items() if torch.is_tensor(x)}
     found = [key.removesuffix(stem) for stem in ("conv1.weight", "0.weight")
              for key, x in tensors.items() if f".{key}".endswith(f".{stem}")
              and x.ndim == 4 and x.shape[1] == 3]  # the first convolution
@@ -173,15 +165,13 @@ def read_weights(path, prefix=""):
 
 def load_head(saved, count):
     """The first `count` linear layers of the projector, each with what follows it."""
-    model = saved.get("model", {})
-    weights = {key[2:]: x for key, x in model.items() if key.startswith("g.")}
+    weights = {key[2:]: x for key, x in saved.get("model", {}).items() if key.startswith("g.")}
     linear = [int(key.split(".")[0]) for key, x in weights.items() if x.ndim == 2]
     if len(linear) < count:
         raise ValueError(f"--head-layers {count}: the projector has {len(linear)} layers")
     layers = nn.Sequential()
-    while count and len(layers) < [*linear, 1 + int([*weights][-1].split(".")[0])][count]:
-        mine = {key.split(".")[1]: x for key, x in weights.items()
-                if key.startswith(f"{len(layers)}.")}
+    for i in range(count and [*linear, 1 + int([*weights][-1].split(".")[0])][count]):
+        mine = {key.split(".")[1]: x for key, x in weights.items() if key.startswith(f"{i}.")}
         layer = nn.ReLU()  # has no parameters
         if "running_mean" in mine:
             layer = nn.BatchNorm1d(len(mine["running_mean"]), affine="weight" in mine)
@@ -202,7 +192,6 @@ def few_labels(labels, fraction, seed):
     return torch.cat([part[:max(1, round(fraction * len(part)))] for part in parts])
 
 
-# =================== 4. Features and kNN ===================
 @torch.no_grad()
 def features(f, images, mean, std, batch_size, autocast):
     """The output in evaluation mode: images (N, 3, H, W) uint8 to (N, D) float32."""
@@ -231,7 +220,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
     return 100 * right.item() / len(queries)
 
 
-# =================== 5. Pictures ===================
+# =================== 4. Pictures ===================
 def frame(images, colors):
     """Images (N, 3, H, W) uint8 of 64 pixels or more, framed in colors (N, 3)."""
     big = F.interpolate(images / 255, scale_factor=math.ceil(64 / images.shape[3]))
@@ -245,56 +234,51 @@ def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, label
 
     queries: (M, D) features of images (M, 3, H, W); the bank's if images is bank_images
     """
-    palette = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.7, 0.2], [0.6, 0.6, 0.6]])
-    rows, length = [], bank.norm(dim=1).clamp(min=1e-12)
-    for i in torch.linspace(0, len(queries) - 1, min(10, len(queries))).long().tolist():
-        cosine = bank @ queries[i] / length
-        if images is bank_images:
-            cosine[i] = -math.inf  # not its own neighbour
-        near = cosine.topk(min(10, len(bank))).indices
-        kinds = torch.full((len(near),), 2)
-        if labels is not None:
-            kinds = (bank_labels[near] == labels[i]).long().cpu()
-        near = near.to(bank_images.device)
-        cells = torch.cat([images[i:i + 1].cpu(), bank_images[near].cpu()])
-        rows.append(frame(cells, torch.cat([torch.ones(1, 3), palette[kinds]])))
-    save_image(torch.cat(rows), path, nrow=len(rows[0]), pad_value=1.0)
+    chosen = torch.linspace(0, len(queries) - 1, min(10, len(queries))).long()
+    cosine = queries[chosen] @ bank.T / bank.norm(dim=1).clamp(min=1e-12)
+    if images is bank_images:
+        cosine[range(len(chosen)), chosen] = -math.inf  # not its own neighbour
+    near = cosine.topk(min(10, len(bank))).indices.cpu()
+    colors = torch.full((*near.shape, 3), 0.6)
+    if labels is not None:
+        right = bank_labels.cpu()[near] == labels.cpu()[chosen, None]
+        colors = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.7, 0.2]])[right.long()]  # red, green
+    cells = torch.cat([images[chosen, None], bank_images[near]], 1).cpu()
+    colors = F.pad(colors, (0, 0, 1, 0), value=1.0)  # around the image itself
+    save_image(frame(cells.flatten(0, 1), colors.flatten(0, 1)), path, "png",
+               nrow=cells.shape[1], pad_value=1.0)
 
 
-def draw_map(path, queries, images, labels, side=30):
+def draw_map(path, queries, images, labels, classes, side=30):
     """At most side x side images: columns by the first principal component, each sorted by
-    the second, so that neighbours stay neighbours. A frame's colour is a class.
+    the second, so that neighbours stay neighbours. A frame's colour is a class, named below.
     """
     side = min(side, math.isqrt(len(queries)))
     chosen = torch.linspace(0, len(queries) - 1, side**2).long()
     queries, images, labels = (x if x is None else x[chosen.to(x.device)].cpu()
                                for x in (queries, images, labels))
     x = F.normalize(queries.double(), dim=1)
-    x = x - x.mean(0)
-    plane = x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:].flip(1)  # (n, 2)
+    plane = torch.linalg.svd(x - x.mean(0), full_matrices=False).U[:, :2]  # (n, 2)
     columns = plane[:, 0].argsort().view(side, side)
     columns = [column[plane[column, 1].argsort()] for column in columns]
     grid = torch.stack(columns, 1).flatten()
-    colors = torch.ones(len(chosen), 3)
-    if labels is not None:
-        hue = labels[:, None] / (labels.max() + 1) - torch.tensor([0, 1 / 3, 2 / 3])
-        colors = 0.5 + 0.5 * torch.cos(2 * math.pi * hue)
-    save_image(frame(images, colors)[grid], path, nrow=side, pad_value=1.0)
+    hue = torch.arange(len(classes))[:, None] / len(classes) - torch.tensor([0, 1 / 3, 2 / 3])
+    palette = 0.5 + 0.5 * torch.cos(2 * math.pi * hue)  # (classes, 3)
+    colors = torch.ones(len(chosen), 3) if labels is None else palette[labels]
+    picture = make_grid(frame(images, colors)[grid], side, pad_value=1.0)
+    picture = transforms.functional.to_pil_image(picture)
+    width, height = picture.size
+    line = width // 32  # of six names
+    picture = ImageOps.expand(picture, (0, 0, 0, line * math.ceil(len(classes) / 6)))
+    for i, name in enumerate(classes):
+        at, color = (width * (i % 6) // 6, height + line * (i // 6)), (255 * palette[i]).int()
+        ImageDraw.Draw(picture).text(at, name, tuple(color.tolist()), font_size=line * 3 / 4)
+    picture.save(path, "png")
 
 
-def write_projector(out, queries, images, labels, classes):
-    """TensorBoard's embedding projector, of as many test images as its sprite holds."""
-    from torch.utils.tensorboard import SummaryWriter
-    most = min(len(queries), (8192 // images.shape[3]) ** 2)  # 8192 pixels a side
-    chosen = torch.linspace(0, len(queries) - 1, most).long()  # of all classes
-    names = None if labels is None else [classes[i] for i in labels.cpu()[chosen]]
-    with SummaryWriter(str(out)) as writer:
-        writer.add_embedding(queries.cpu()[chosen], names, images.cpu()[chosen] / 255)
-
-
-# =================== 6. Training ===================
+# =================== 5. Training ===================
 def fit(head, bank, labels, iterations):
-    """Logistic regression by L-BFGS with scikit-learn's default penalty: no rate to tune.
+    """Logistic regression by L-BFGS with scikit-learn's penalty (C = 1): no rate to tune.
 
     head: batch norm, whose statistics become the bank's (N, D), and linear layer
     """
@@ -306,20 +290,27 @@ def fit(head, bank, labels, iterations):
 
     def closure():
         optimizer.zero_grad()
-        loss = linear.weight.square().sum() / (2 * len(bank))  # C = 1
+        loss = F.cross_entropy(head(bank), labels) + linear.weight.square().sum() / 2 / len(bank)
         loss.backward()
-        for x, y in zip(bank.split(2**16), labels.split(2**16)):
-            part = F.cross_entropy(head(x), y, reduction="sum") / len(bank)
-            part.backward()
-            loss = loss.detach() + part.detach()
         return loss
 
     optimizer.step(closure)
     say(f"loss={closure().item():.4g}")
 
 
-def train(network, head, keep, data, args, recipe, autocast):
-    """SGD on random crops and flips of images keep (n,): of the head or of all."""
+def distill_loss(student, teacher, tau):
+    """Cross-entropy of softened predictions, SimCLR v2's Eq. 2 times tau: mean, nats.
+
+    student, teacher: (B, classes) logits; the teacher's has no gradient
+    """
+    return tau * F.cross_entropy(student / tau, (teacher.detach() / tau).softmax(1))
+
+
+def train(network, head, keep, data, args, recipe, autocast, teacher=None):
+    """SGD on random crops and flips of images keep (n,): of the head or of all.
+
+    teacher: a network and its head in evaluation mode, whose predictions replace the labels
+    """
     epochs, lr, decay = recipe
     # Few labels: at least 16 steps an epoch, or 1 % of CIFAR-10 would be two.
     batch = min(args.batch_size, max(8, len(keep) // 16), len(keep))
@@ -327,22 +318,29 @@ def train(network, head, keep, data, args, recipe, autocast):
     crop = transforms.RandomResizedCrop(data.train_images.shape[3])  # [SimCLR App. B.5]
     crop_and_flip = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
     network.requires_grad_(not frozen)
-    parameters = [*head.parameters(), *(() if frozen else network.parameters())]
-    optimizer = torch.optim.SGD(parameters, lr * batch / 256, 0.9,  # linear scaling, 1706.02677
+    optimizer = torch.optim.SGD([*head.parameters(), *network.parameters()],
+                                lr * batch / 256, 0.9,  # linear scaling, 1706.02677
                                 weight_decay=decay, nesterov=True)  # [SimCLR App. B.5]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     for epoch in range(1, epochs + 1):
         torch.manual_seed(args.seed * 10**6 + epoch)
         order = keep[torch.randperm(len(keep))[:steps * batch]]
-        images = batches(data.train_images, order, batch, data.mean.device, args.workers)
+        images = batches(data.train_images, order, batch, data.mean.device)
         network.train(not frozen)
         total, start = 0, time.perf_counter()
-        for x, y in zip(images, data.train_labels[order].split(batch)):
-            optimizer.zero_grad()
+        for x, index in zip(images, order.split(batch)):
             x = torch.stack([crop_and_flip(image) for image in x / 255])
-            with torch.set_grad_enabled(not frozen), autocast():
-                x = network(normalize(x, data.mean, data.std))
-            loss = F.cross_entropy(head(x.float()), y)
+            x = normalize(x, data.mean, data.std)
+            with autocast():
+                y = network(x)
+            y = head(y.float())
+            if teacher:
+                with torch.no_grad(), autocast():
+                    x = teacher[0](x)
+                loss = distill_loss(y, teacher[1](x.float()), args.distill_tau)
+            else:
+                loss = F.cross_entropy(y, data.train_labels[index])
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -353,70 +351,67 @@ def train(network, head, keep, data, args, recipe, autocast):
         say(f"epoch={epoch} loss={loss:.4g} seconds={time.perf_counter() - start:.3g}")
 
 
-def classify(network, bank, queries, keep, data, args, autocast):
-    """Train a classifier as --mode says; percent right: first, mean of classes, in five.
+def classify(network, bank, queries, keep, data, args, autocast, teacher=None):
+    """Train a classifier as --mode says; return percent right, and the classifier.
 
     bank: features of the training images keep (n,); queries: of the test images
     """
     kind = "augment" if args.mode == "linear" and args.augment else args.mode
     recipe = [default if value is None else value for value, default in zip(
         (args.epochs, args.lr, args.weight_decay), RECIPES[kind])]
-    linear = nn.Linear(bank.shape[1], len(data.classes))
-    nn.init.zeros_(linear.weight)  # a channel that is 0 in all of training has no effect
-    nn.init.zeros_(linear.bias)
     norm = nn.BatchNorm1d(bank.shape[1], 1e-12, affine=False)  # methods differ in scale
-    head = nn.Sequential(norm, linear).to(bank.device)
+    head = nn.Sequential(norm, nn.Linear(bank.shape[1], len(data.classes))).to(bank.device)
+    for x in head.parameters():
+        nn.init.zeros_(x)  # a channel that is 0 in all of training has no effect
     if kind == "linear":
         fit(head, bank, data.train_labels[keep], recipe[0])
     else:
-        train(network, head, keep, data, args, recipe, autocast)
+        train(network, head, keep, data, args, recipe, autocast, teacher)
     if args.mode != "linear":
         queries = features(network, data.test_images, data.mean, data.std,
                            args.batch_size, autocast)
-    with torch.no_grad():
-        best = head.eval()(queries).topk(min(5, len(data.classes))).indices.cpu()
+    best = head.eval()(queries).topk(min(5, len(data.classes))).indices.cpu()
     labels = data.test_labels.cpu()
     right = (best == labels[:, None]).double()
     recalls = [right[labels == label, 0].mean() for label in labels.unique()]
     return {"top1": 100 * right[:, 0].sum().item() / len(right),
             "balanced": 100 * sum(recalls).item() / len(recalls),
-            "top5": 100 * right.sum().item() / len(right)}
+            "top5": 100 * right.sum().item() / len(right)}, head
 
 
-# =================== 7. Judging ===================
+# =================== 6. Judging ===================
 def main(argv=None):
     """Judge as the flags say: write the numbers as JSON, print and return them."""
     args, begin = parse_args(argv), time.perf_counter()
-    device = choose_device(args.device)
-    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
     torch.manual_seed(args.seed)
     try:
+        device = choose_device(args.device)
+        bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
+        autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
         weights, saved = read_weights(args.checkpoint, args.prefix)
-        pretrain = {**DEFAULTS, **saved.get("args", {})}
-        arch, width = args.arch or pretrain["arch"], args.width or pretrain["width"]
-        small = weights["conv1.weight"].shape[-1] == 3  # a CIFAR stem
-        stem = args.stem or ("cifar" if small else "imagenet")
+        channels, _, kernel, _ = weights["conv1.weight"].shape
+        pretrain = {**FOREIGN, "width": channels / 64, **saved.get("args", {})}
+        arch, width = args.arch or pretrain["arch"], pretrain["width"]
+        stem = "cifar" if kernel == 3 else "imagenet"
         f, before = resnet(arch, width, stem), "pre-trained backbone"
         load_backbone(f, weights)
         if args.mode == "scratch":
             f, before = resnet(arch, width, stem), "random backbone"
         network = nn.Sequential(f, *load_head(saved, args.head_layers))
         network = network.to(device, memory_format=torch.channels_last)
-        large = pretrain["dataset"] == "folder" if saved else not small
+        large = pretrain["dataset"] == "folder" if saved else stem == "imagenet"
         size = args.image_size or pretrain["image_size"] or (224 if large else 32)
         name = args.dataset or pretrain["dataset"]
-        known = DEFAULTS if args.data_dir or name != pretrain["dataset"] else pretrain
+        known = FOREIGN if args.data_dir or name != pretrain["dataset"] else pretrain
         data_dir = args.data_dir or known["data_dir"]
         out = Path(args.out or Path(args.checkpoint).parent)
         out.mkdir(parents=True, exist_ok=True)
-        for folder in (out, *(Path(path).parent for path in (
-                args.export, args.neighbours, args.map) if path)):
+        for path in filter(None, (out / "*.json", args.export, args.neighbours, args.map)):
             try:
-                tempfile.TemporaryFile(dir=folder).close()  # before the work
+                tempfile.TemporaryFile(dir=Path(path).parent).close()  # before the work
             except OSError as problem:
-                raise ValueError(f"cannot write to {folder} ({problem.strerror})") from None
-        data = load_dataset(name, data_dir, size, args.cache_dir or known["cache_dir"], device,
+                raise OSError(f"cannot write to {Path(path).parent}: {problem.strerror}") from None
+        data = load_dataset(name, data_dir, size, args.cache_dir or known.get("cache_dir"), device,
                             args.skip_broken or known.get("skip_broken"), args.max_pixels)
         if data.test_labels is None and args.mode != "linear":
             raise ValueError(f"--mode {args.mode} needs labels: a folder a class")
@@ -439,39 +434,44 @@ def main(argv=None):
         kept = bank if args.label_fraction == 1 else bank[keep]
         knn = {f"knn{k}": knn_accuracy(kept, data.train_labels[keep], test[0], test[2],
                                        len(data.classes), k, args.knn_tau) for k in args.knn}
-        results = {**classify(network, kept, test[0], keep, data, args, autocast), **knn}
-        words = [f"{key}={value:.2f}" for key, value in results.items()]
-        words.insert(3, f"({args.mode})")
-        line = " ".join([*words, f"tau={args.knn_tau:g} ({before})"])
+        taught, teacher = {}, None
+        if args.mode == "distill":
+            own, teacher = copy.copy(args), copy.deepcopy(network)
+            own.mode, own.epochs, own.lr, own.weight_decay = "finetune", None, None, None
+            found, head = classify(teacher, kept, test[0], keep, data, own, autocast)
+            taught, teacher = {f"teacher_{key}": x for key, x in found.items()}, (teacher, head)
+        found, _ = classify(network, kept, test[0], torch.arange(len(bank)) if teacher else keep,
+                            data, args, autocast, teacher)
+        results = found | taught | knn
+        line = " ".join([f"{args.mode}:", *(f"{key}={value:.2f}" for key, value in results.items()),
+                         f"tau={args.knn_tau:g} ({before})"])
     record = {**results, "networks": {"top1": args.mode, "knn": before}, "args": vars(args),
               "method": saved.get("method"), "epoch": saved.get("epoch"), "labels": len(keep),
               "images": len(data.train_images), "test_images": len(data.test_images),
               "precision": "bf16" if bf16 else "fp32", "features": bank.shape[1],
               **environment(device), "seconds": time.perf_counter() - begin}
-    images = Path(data_dir).resolve().name if name == "folder" else name
-    parts = ((Path(args.checkpoint).stem, not saved), (args.mode, True), ("augment", args.augment),
-             (images, True), (f"{args.label_fraction:g}", args.label_fraction < 1),
-             (f"head{args.head_layers}", args.head_layers), (f"seed{args.seed}", args.seed))
+    parts = (
+        (Path(args.checkpoint).stem, not saved), (args.mode, True), ("augment", args.augment),
+        (name, name != "folder"), (Path(data_dir).resolve().name, name == "folder"),
+        (f"{args.label_fraction:g}", args.label_fraction < 1),
+        (f"head{args.head_layers}", args.head_layers), (f"seed{args.seed}", args.seed))
     result = "_".join(["eval", *(part for part, differs in parts if differs)]) + ".json"
-    outputs = {
-        out / result: lambda path: path.write_text(json.dumps(record) + "\n"),
-        args.export: lambda path: torch.save(f.cpu().state_dict(), path),
-        args.neighbours: lambda path: draw_neighbours(
-            path, bank, data.train_images, data.train_labels, *test),
-        args.map: lambda path: draw_map(path, *test),
-        args.tensorboard and out: lambda path: write_projector(path, *test, data.classes)}
-    problems = []
-    for path in filter(None, outputs):
-        try:
-            outputs[path](path)
-        except (OSError, RuntimeError) as problem:  # torch.save: the latter
-            problems.append(f"cannot write {path} ({problem})")
-    say(f"{line}\nwrote {out / result}")
+    say(line)
+    try:
+        (out / result).write_text(json.dumps(record) + "\n")
+        if args.neighbours:
+            draw_neighbours(args.neighbours, bank, data.train_images, data.train_labels, *test)
+        if args.map:
+            draw_map(args.map, *test, data.classes)
+        if args.export:
+            with open(args.export, "wb") as file:
+                torch.save(f.cpu().state_dict(), file)
+    except (OSError, RuntimeError) as problem:  # torch.save's, of a full disk
+        fail(f"cannot write all of it: {problem}")
+    say(f"wrote {out / result}")
     if args.export and (stem == "cifar" or width != 1):
         sys.stderr.write(f"warning: torchvision has no such ResNet, load {args.export} into "
                          f"common.py's: resnet({arch!r}, {width:g}, {stem!r})\n")
-    if problems:
-        fail("; ".join(problems))
     return results
 
 

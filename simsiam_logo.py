@@ -49,6 +49,7 @@ import shlex
 import signal
 import sys
 import time
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -536,11 +537,13 @@ def parse_args(argv=None):
     add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
         help="temperature of a neighbour's vote [MoCo CIFAR demo]")
     add_recipe(parser)
-    args, world = parser.parse_args(argv), processes().world
+    (args, unknown), world = parser.parse_known_args(argv), processes().world
+    if unknown:
+        flags = [f"--{key.replace('_', '-')}" for key in vars(args)]
+        near = get_close_matches(unknown[0], flags, 1) or ["one that --help shows"]
+        fail(f"there is no {unknown[0]}: did you mean {near[0]}?")
     if args.resume and args.overwrite:
         fail("--resume and --overwrite exclude each other")
-    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
-        fail(f"--device {args.device}: this machine has none; use --device auto or cpu")
     if args.batch_size % world or args.batch_size < 2 * world:
         fail(f"--batch-size {args.batch_size} cannot be split over {world} processes: each "
              "needs the same number of images, at least 2")

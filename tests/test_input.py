@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import common
+import linear_eval
 import moco
 import simsiam
 from conftest import picture, refused
@@ -68,10 +69,25 @@ def test_an_error_is_one_write(name, monkeypatch):
     assert written == ["error: two lines\n"]
 
 
+@pytest.mark.parametrize("module", [simsiam, linear_eval])
+def test_an_unknown_flag_proposes_the_nearest(module, capsys):
+    refused(capsys, module, ["x", "--epoch", "5"][module is simsiam:], "--epoch: did you mean "
+            "--epochs?")
+    refused(capsys, module, ["x", "--batchsize=5"][module is simsiam:], "--batch-size?")
+    refused(capsys, module, ["x", "--zzz"][module is simsiam:], "--zzz", "--help")
+
+
 # ------------------------------------------------------------------------------ surroundings
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has what the test says is absent")
 def test_an_absent_device_is_refused(capsys):
     refused(capsys, simsiam, ["--device", "cuda"], "--device cuda", "--device auto or cpu")
+    refused(capsys, linear_eval, ["x", "--device", "mps"], "--device mps", "--device auto or cpu")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="other systems have no such file")
+def test_a_log_names_the_processor():
+    name = common.environment(torch.device("cpu"))["device"]
+    assert len(name) > 3 and f": {name}\n" in Path("/proc/cpuinfo").read_text()
 
 
 def test_batches_that_cannot_be_split(flags, capsys, monkeypatch):

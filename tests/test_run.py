@@ -206,7 +206,8 @@ def test_what_is_printed(flags, tmp_path, capsys, monkeypatch):
     said, error = capsys.readouterr()
     lines = said.splitlines()
     assert error == "" and len(lines) == 7 and "40 images of 2 classes" in lines.pop(0)
-    assert lines[0] == "simsiam: resnet18 on cpu; folder, 40 images, kNN of 12"
+    where = common.environment(torch.device("cpu"))["device"]  # the processor's name
+    assert lines[0] == f"simsiam: resnet18 on {where}; folder, 40 images, kNN of 12"
     assert lines[1] == f"2 of 2 epochs to go, 5 steps each, to {tmp_path / 'run'}"
     for text, record in zip(lines[2:5], read_log(tmp_path / "run")[1], strict=True):
         measured = [f"{key}={value:.4g}" for key, value in record.items()]
@@ -402,10 +403,10 @@ def test_help_shows_groups_defaults_and_sources(capsys, monkeypatch):
         with pytest.raises(SystemExit, match="^0$"):
             importlib.import_module(name).main(["--help"])
         said = capsys.readouterr().out
-        own = ["judge:", "[SimCLR v2 Sec. 2]"]
+        own = ["judge:", "[SimCLR v2 Sec. 3]", "run and output:"]
         if name in SCRIPTS:
-            own = ["monitor:", "recipe:", "(default: 512)", f"runs/{name}"]
-        for word in ("data", "network", "run:", "output:", "(default: auto)", *own):
+            own = ["monitor:", "recipe:", "run:", "output:", "(default: 512)", f"runs/{name}"]
+        for word in ("data", "network", "(default: auto)", *own):
             assert word in said, (name, word)
         assert "None" not in said and said.count("\n") <= 96  # two screens
 
