@@ -359,7 +359,8 @@ def classify(network, bank, queries, keep, data, args, autocast, teacher=None):
     kind = "augment" if args.mode == "linear" and args.augment else args.mode
     recipe = [default if value is None else value for value, default in zip(
         (args.epochs, args.lr, args.weight_decay), RECIPES[kind])]
-    norm = nn.BatchNorm1d(bank.shape[1], 1e-12, affine=False)  # methods differ in scale
+    # Methods differ in scale. A tiny eps would blow up what a nearly dead ReLU hands back to f.
+    norm = nn.BatchNorm1d(bank.shape[1], 1e-12 if args.mode == "linear" else 1e-5, affine=False)
     head = nn.Sequential(norm, nn.Linear(bank.shape[1], len(data.classes))).to(bank.device)
     for x in head.parameters():
         nn.init.zeros_(x)  # a channel that is 0 in all of training has no effect
@@ -427,7 +428,6 @@ def main(argv=None):
         test = (queries, data.test_images, data.test_labels)
     if not (bank.isfinite().all() and test[0].isfinite().all()):
         fail("features are not finite: broken weights, or try --precision fp32", status=1)
-
     results, keep, line = {}, (), "no labels in a test/ or val/: no accuracies"
     if data.test_labels is not None:
         keep = few_labels(data.train_labels.cpu(), args.label_fraction, args.seed)

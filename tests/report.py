@@ -23,6 +23,7 @@ REFERENCE = ROOT / "tests" / "reference"
 FOLDERS = {
     "headline": "What do the defaults reach in 200 epochs on CIFAR-10?",
     "few_epochs": "Does kNN rise within minutes on a CPU? (This does not rank the methods.)",
+    "distillation": "SimCLR v2's three steps on a CPU: does a student beat its teacher? (PLAN.md)",
     "ablations/simsiam_schedule": "Which schedule ends higher, after 30 epochs at a quarter of the "
                                   "width? (PLAN.md; arms a, b, ... as there)"}
 METHODS = {  # idea, published kNN at 200 epochs and batch 512, its source
@@ -130,8 +131,34 @@ def results():
                 ", ".join(sorted({str(header["commit"]) for _, header, _ in found})),
                 " ".join(path.name for path, _, _ in found)]
             out.append("| " + " | ".join(cells) + " |")
-        out.append("")
+        out += ["", *few_labels(folder)]
     return "\n".join(out)
+
+
+def few_labels(folder):
+    """What linear_eval.py reached with few labels: a row a label fraction, if there are any."""
+    found, seeds = {}, set()
+    for path in sorted((REFERENCE / folder).glob("eval_*.json")):
+        record = json.loads(path.read_text())
+        args = record["args"]
+        row = found.setdefault(args["label_fraction"], {})
+        seeds.add(args["seed"])
+        row.setdefault(args["mode"], []).append(record["top1"])
+        row.setdefault(f"{args['mode']} minutes", []).append(record["seconds"] / 60)
+        if args["mode"] == "distill":
+            row.setdefault("finetune", []).append(record["teacher_top1"])
+    if not found:
+        return []
+    out = [f"Right of all test images, in percent, by `linear_eval.py`; seeds "
+           f"{' '.join(map(str, sorted(seeds)))}. Minutes are of one run on one core.", "",
+           "| labels | from scratch | fine-tuned: the teacher | distilled: the student | minutes: "
+           "from scratch | teacher and student |", "|---|---|---|---|---|---|"]
+    for fraction, row in sorted(found.items()):
+        cells = [spread(row[key], digits) if key in row else "-" for key, digits in (
+            ("scratch", 1), ("finetune", 1), ("distill", 1), ("scratch minutes", 0),
+            ("distill minutes", 0))]
+        out.append(f"| {100 * fraction:g} % | " + " | ".join(cells) + " |")
+    return [*out, ""]
 
 
 def table():

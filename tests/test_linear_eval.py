@@ -148,6 +148,26 @@ def test_a_channel_that_training_never_sees_has_no_effect(mode, monkeypatch):
     assert end["top1"] == 100
 
 
+def test_a_nearly_dead_channel_does_not_wreck_what_is_trained():
+    """A ReLU's output of tiny spread, as projectors have: its weights move as the others' do."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
+    labels = (images[:, 0].float().mean((1, 2)) > 127.5).long()
+    data = common.Dataset(images, labels, images, labels, ("a", "b"), torch.full((3,), 0.5),
+                          torch.full((3,), 0.3))
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                                  torch.nn.Linear(3, 8), torch.nn.ReLU())
+    with torch.no_grad():
+        network[2].weight[0] *= 1e-5
+        network[2].bias[0] = 0
+        before = network[2].weight.clone()
+    args = linear_eval.parse_args(["x", "--mode", "finetune", "--epochs", "3"])
+    linear_eval.classify(network, torch.zeros(64, 8), None, torch.arange(64), data, args,
+                         partial(torch.autocast, "cpu", enabled=False))
+    moved = (network[2].weight - before).detach().norm(dim=1)
+    assert moved[1:].max() > 1e-4 and moved[0] < 3 * moved[1:].max()
+
+
 def test_accuracies_are_counted_by_hand(monkeypatch):
     """A classifier of known scores: right first 3 times in 6, all of class 0, of four classes."""
     scores = torch.tensor([[9, 1, 2, 3, 4, 5, 0.0]] * 6)

@@ -64,6 +64,7 @@ def home(tmp_path_factory, folder):
         shutil.copytree(folder, root / name)
     simclr.main([*SMALL, "--dataset", "folder", "--data-dir", str(folder), "--image-size", "16",
                  "--out", str(root / "runs/try")])
+    shutil.copytree(root / "runs/try", root / "runs/simclr")
     weights = models.resnet50().state_dict()
     foreign = {f"module.encoder_q.{name}": x for name, x in weights.items()}
     torch.save({"state_dict": foreign}, root / "moco.pth")
