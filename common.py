@@ -40,8 +40,7 @@ DATASETS = ("cifar10", "cifar100", "folder", "shapes")
 ARCHS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
          "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3)),
          "resnet152": (Bottleneck, (3, 8, 36, 3))}
-SHAPES = ("horizontal", "vertical", "diagonal", "checker", "plaid", "grid", "hexagons", "bricks",
-          "zigzag", "blobs")
+SHAPES = "horizontal vertical diagonal checker plaid grid hexagons bricks zigzag blobs".split()
 SPLITS = ("test", "val", "valid", "validation")  # the first with class folders is tested on
 LITTER = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # names begin so
 STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # PIL needs other programs for these
@@ -84,16 +83,11 @@ def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device=
         *data, classes = _read_cifar(name, data_dir, image_size)
     else:
         raise UserError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
-    # Mean and std from a histogram a channel: no float copy of the set. Of large ones a sample.
-    sample = data[0][::max(1, len(data[0]) // 50_000, data[0].nbytes // 2**33)]
-    counts = sum(torch.stack([channel.flatten().bincount(minlength=256) for channel in x.unbind(1)])
-                 for x in sample.split(max(1, 2**22 // image_size**2)))
-    share = counts / counts.sum(1, keepdim=True, dtype=torch.float64)  # (3, 256)
-    level = torch.arange(256, dtype=torch.float64) / 255
-    mean = share @ level
-    std = (share @ level.square() - mean.square()).clamp(min=1 / 255**2).sqrt()
+    sample = data[0][::1 + data[0].nbytes // 2**28]  # of more than 256 MiB a part
+    spread = [torch.std_mean(x.float(), correction=0) for x in sample.unbind(1)]  # a channel each
+    std, mean = torch.tensor(spread, device=device).T / 255
     data = [x if x is None else resident(x, device) for x in data]
-    return Dataset(*data, tuple(classes), mean.float().to(device), std.float().to(device))
+    return Dataset(*data, tuple(classes), mean, std.clamp(min=1 / 255))
 
 
 def _read_cifar(name, data_dir, image_size):
@@ -113,25 +107,6 @@ def _read_cifar(name, data_dir, image_size):
         images = torch.cat([TF.resize(x, [image_size, image_size]) for x in images.split(1000)])
         out += [images, torch.tensor(one.targets)]
     return *out, sets[0].classes
-
-
-def locked(path, wait=True):
-    """Open a file to read and append to, locked until it is closed or the process ends.
-
-    If another process holds the lock: wait, and say for whom, or raise UserError.
-    """
-    file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            file.close()
-            raise UserError(f"another process writes to {path}: choose another --out") from None
-        say(f"waiting for {Path(path).read_text().strip() or 'another'} at {path}")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except (OSError, AttributeError):
-        pass  # some network file systems have no such locks, nor has Windows
-    return file
 
 
 def _read_folder(root, size, cache_dir, skip_broken):
@@ -324,9 +299,8 @@ def _read_image(path, size):
 def draw_shapes(count, size=32, seed=0):
     """Draw textures of ten classes: images (count, 3, size, size) uint8 and labels (count,) int64.
 
-    Each fills a soft window of random place and size, with random phase, scale, orientation (+-20
-    degrees), contrast of either sign, brightness, faint tint and noise. Any part of a texture shows
-    its class: a pattern that needs its centre, as rings do, would be lost in a random crop.
+    Each lies in a soft window and differs in all but its class. Any part of it shows that: a
+    pattern that needs its centre, as rings do, would be lost in a random crop.
     """
     draw = torch.Generator().manual_seed(seed)
 
@@ -343,17 +317,14 @@ def draw_shapes(count, size=32, seed=0):
     third, half = 3**0.5 / 2 * u, v / 2  # third +- half: waves at 120 degrees to v
     shift = torch.pi / 2 * torch.cos(half + a / 2).sign()  # every other row of bricks
     noise = nn.functional.interpolate(uniform(-1, 1, pixels=8), (size, size), mode="bicubic")
-    patterns = {  # in the order of SHAPES
-        "horizontal": torch.sin(v + a), "vertical": torch.sin(u + a),
-        "diagonal": torch.sin((u + uniform(-1, 1).sign() * v) / 2**0.5 + a),  # either hand
-        "checker": 1.5 * torch.sin(u + a) * torch.sin(v + b),
-        "plaid": 0.75 * (torch.sin(u + a) + torch.sin(v + b)),
-        "grid": 2 * torch.maximum(torch.sin(u + a), torch.sin(v + b)) - 1,
-        "hexagons": (torch.sin(v + a) + torch.sin(third - half + b)
-                     - torch.sin(third + half + a + b)) / 1.5,
-        "bricks": 2 * torch.maximum(torch.sin(v + a), torch.sin(u / 2 + b + shift)) - 1,
-        "zigzag": torch.sin(v + 2 * torch.asin(torch.sin(u + b)) + a), "blobs": 2 * noise}
-    pattern = torch.stack([patterns[name] for name in SHAPES], 1)[torch.arange(count), labels]
+    across, down = torch.sin(u + a), torch.sin(v + b)
+    pattern = torch.stack([  # in the order of SHAPES
+        torch.sin(v + a), across, torch.sin((u + uniform(-1, 1).sign() * v) / 2**0.5 + a),
+        1.5 * across * down, 0.75 * (across + down), 2 * torch.maximum(across, down) - 1,
+        (torch.sin(v + a) + torch.sin(third - half + b) - torch.sin(third + half + a + b)) / 1.5,
+        2 * torch.maximum(torch.sin(v + a), torch.sin(u / 2 + b + shift)) - 1,
+        torch.sin(v + 2 * torch.asin(torch.sin(u + b)) + a), 2 * noise
+    ], 1)[torch.arange(count), labels]
     tint = 1 + uniform(-0.1, 0.1, channels=3)
     contrast = uniform(0.2, 0.4) * uniform(-1, 1).sign()
     images = uniform(0.4, 0.6) + contrast * pattern * window * tint
@@ -606,6 +577,25 @@ def draw_columns(path, columns, args):
     size = columns[0].shape[2:]
     rows = torch.stack([nn.functional.interpolate(x, size) for x in columns], 1).flatten(0, 1)
     save_image(rows, path, "png", nrow=len(columns))
+
+
+def locked(path, wait=True):
+    """Open a file to read and append to, locked until it is closed or the process ends.
+
+    If another process holds the lock: wait, and say for whom, or raise UserError.
+    """
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            file.close()
+            raise UserError(f"another process writes to {path}: choose another --out") from None
+        say(f"waiting for {Path(path).read_text().strip() or 'another'} at {path}")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (OSError, AttributeError):
+        pass  # some network file systems have no such locks, nor has Windows
+    return file
 
 
 def open_log(path, end, overwrite):
