@@ -258,7 +258,8 @@ def draw_map(path, queries, images, labels, classes, side=30):
     queries, images, labels = (x if x is None else x[chosen.to(x.device)].cpu()
                                for x in (queries, images, labels))
     x = F.normalize(queries.double(), dim=1)
-    plane = torch.linalg.svd(x - x.mean(0), full_matrices=False).U[:, :2]  # (n, 2)
+    plane = torch.linalg.svd(x - x.mean(0), full_matrices=False).U
+    plane = F.pad(plane, (0, 1))[:, :2]  # (n, 2), even of one image
     columns = plane[:, 0].argsort().view(side, side)
     columns = [column[plane[column, 1].argsort()] for column in columns]
     grid = torch.stack(columns, 1).flatten()
@@ -267,12 +268,11 @@ def draw_map(path, queries, images, labels, classes, side=30):
     colors = torch.ones(len(chosen), 3) if labels is None else palette[labels]
     picture = make_grid(frame(images, colors)[grid], side, pad_value=1.0)
     picture = transforms.functional.to_pil_image(picture)
-    width, height = picture.size
-    line = width // 32  # of six names
+    (width, height), line = picture.size, picture.width // 32  # the height of six names
     picture = ImageOps.expand(picture, (0, 0, 0, line * math.ceil(len(classes) / 6)))
     for i, name in enumerate(classes):
         at, color = (width * (i % 6) // 6, height + line * (i // 6)), (255 * palette[i]).int()
-        ImageDraw.Draw(picture).text(at, name, tuple(color.tolist()), font_size=line * 3 / 4)
+        ImageDraw.Draw(picture).text(at, name[:13], tuple(color.tolist()), font_size=line * 3 / 4)
     picture.save(path, "png")
 
 

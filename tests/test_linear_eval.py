@@ -535,6 +535,11 @@ def test_the_map_shows_each_image_once_and_in_order(tmp_path):
     assert sorted(shown.flatten().tolist()) == [*range(16)]
     left = F.normalize(queries, dim=1)[shown, 0].mean(0)
     assert left.equal(left.sort().values) or left.equal(left.sort(descending=True).values)
+    for count, classes, side in ((1, 1, 70), (4, 100, 146)):  # a legend of any length
+        linear_eval.draw_map(tmp_path / "l.png", queries[:count], images[:count],
+                             torch.arange(count) % classes, ["a class of a long name"] * classes)
+        height = side + side // 32 * math.ceil(classes / 6)
+        assert pixels(tmp_path / "l.png").shape == (3, height, side)
 
 
 def test_pictures_of_a_run_and_of_unlabelled_images(run, folder, tmp_path, capsys):
