@@ -11,7 +11,7 @@
                  its softened predictions of all images: SimCLR v2's third step [2006.10029].
 
 Accuracies are percent of the whole test set after the last epoch, `balanced` the mean over
-its classes; nothing is chosen by them. The kNN is of the backbone before any training here.
+its classes; nothing is chosen by them. kNN and pictures are of what came in, before training.
 CHECKPOINT: one of the four scripts', or a file with a ResNet's weights in torchvision's
 names or numbered, as in a Sequential. What no ResNet has, such as a head, is left out.
 
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("judge").add_argument
     add("--mode", choices=("linear", "finetune", "scratch", "distill"), default="linear",
         help="train a classifier; all; all from random weights; a student (default: linear)")
-    add("--epochs", type=count, help="(default: finetune 30, else 100; of L-BFGS 1000)")
+    add("--epochs", type=count, help="(default: 100, finetune or teacher 30; L-BFGS 1000)")
     add("--lr", type=rate, help="at batch 256, scaled (default: 0.1, finetune 0.05, distill 0.06)")
     add("--weight-decay", type=number(float, 0, 1), help="(default: 0; scratch, distill 5e-4)")
     add("--augment", action="store_true", help="random crops in linear mode too")
@@ -118,9 +118,9 @@ def parse_args(argv=None):
     add("--export", metavar="PTH", help="write the backbone, in torchvision's names")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{key.replace('_', '-')}" for key in vars(args)]
+        flags = [f"--{key.replace('_', '-')}" for key in vars(args) if key != "checkpoint"]
         near = get_close_matches(unknown[0], flags, 1) or ["one that --help shows"]
-        fail(f"there is no {unknown[0]}: did you mean {near[0]}?")
+        fail(f"{unknown[0]} is not a flag: did you mean {near[0]}?")
     if args.mode == "linear" and not args.augment and (args.lr or args.weight_decay) is not None:
         fail("--lr and --weight-decay are not for L-BFGS: add --augment or --mode")
     if args.mode == "scratch" and args.head_layers:
@@ -243,7 +243,7 @@ def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, label
     if labels is not None:
         right = bank_labels.cpu()[near] == labels.cpu()[chosen, None]
         colors = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.7, 0.2]])[right.long()]  # red, green
-    cells = torch.cat([images[chosen, None], bank_images[near]], 1).cpu()
+    cells = torch.cat([images[chosen, None].cpu(), bank_images[near].cpu()], 1)
     colors = F.pad(colors, (0, 0, 1, 0), value=1.0)  # around the image itself
     save_image(frame(cells.flatten(0, 1), colors.flatten(0, 1)), path, "png",
                nrow=cells.shape[1], pad_value=1.0)
@@ -268,7 +268,7 @@ def draw_map(path, queries, images, labels, classes, side=30):
     colors = torch.ones(len(chosen), 3) if labels is None else palette[labels]
     picture = make_grid(frame(images, colors)[grid], side, pad_value=1.0)
     picture = transforms.functional.to_pil_image(picture)
-    (width, height), line = picture.size, picture.width // 32  # the height of six names
+    (width, height), line = picture.size, max(14, picture.width // 32)  # of six names
     picture = ImageOps.expand(picture, (0, 0, 0, line * math.ceil(len(classes) / 6)))
     for i, name in enumerate(classes):
         at, color = (width * (i % 6) // 6, height + line * (i // 6)), (255 * palette[i]).int()
@@ -299,7 +299,7 @@ def fit(head, bank, labels, iterations):
 
 
 def distill_loss(student, teacher, tau):
-    """Cross-entropy of softened predictions, SimCLR v2's Eq. 2 times tau: mean, nats.
+    """Cross-entropy of softened predictions, SimCLR v2's Eq. 2 times tau, mean of the batch.
 
     student, teacher: (B, classes) logits; the teacher's has no gradient
     """
@@ -347,8 +347,8 @@ def train(network, head, keep, data, args, recipe, autocast, teacher=None):
             total += loss.detach()
         loss = total.item() / steps
         if not math.isfinite(loss):
-            fail(f"the loss is {loss} at epoch {epoch}: try a lower --lr", status=1)
-        say(f"epoch={epoch} loss={loss:.4g} seconds={time.perf_counter() - start:.3g}")
+            fail(f"{args.mode}: the loss is {loss} at epoch {epoch}, try a lower --lr", status=1)
+        say(f"{args.mode} epoch={epoch} loss={loss:.4g} seconds={time.perf_counter() - start:.3g}")
 
 
 def classify(network, bank, queries, keep, data, args, autocast, teacher=None):
@@ -422,7 +422,7 @@ def main(argv=None):
         args.mean or saved.get("mean", IMAGENET[0]), args.std or saved.get("std", IMAGENET[1])))
     data = data._replace(mean=mean, std=std)
     bank = features(network, data.train_images, mean, std, args.batch_size, autocast)
-    test = (bank, data.train_images, None)  # a folder without splits
+    test = (bank, data.train_images, data.train_labels)  # a folder without splits
     if data.test_labels is not None:
         queries = features(network, data.test_images, mean, std, args.batch_size, autocast)
         test = (queries, data.test_images, data.test_labels)
@@ -444,7 +444,7 @@ def main(argv=None):
                             data, args, autocast, teacher)
         results = found | taught | knn
         line = " ".join([f"{args.mode}:", *(f"{key}={value:.2f}" for key, value in results.items()),
-                         f"tau={args.knn_tau:g} ({before})"])
+                         f"knn_tau={args.knn_tau:g} ({before})"])
     record = {**results, "networks": {"top1": args.mode, "knn": before}, "args": vars(args),
               "method": saved.get("method"), "epoch": saved.get("epoch"), "labels": len(keep),
               "images": len(data.train_images), "test_images": len(data.test_images),

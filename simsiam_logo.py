@@ -541,7 +541,7 @@ def parse_args(argv=None):
     if unknown:
         flags = [f"--{key.replace('_', '-')}" for key in vars(args)]
         near = get_close_matches(unknown[0], flags, 1) or ["one that --help shows"]
-        fail(f"there is no {unknown[0]}: did you mean {near[0]}?")
+        fail(f"{unknown[0]} is not a flag: did you mean {near[0]}?")
     if args.resume and args.overwrite:
         fail("--resume and --overwrite exclude each other")
     if args.batch_size % world or args.batch_size < 2 * world:

@@ -71,10 +71,11 @@ def test_an_error_is_one_write(name, monkeypatch):
 
 @pytest.mark.parametrize("module", [simsiam, linear_eval])
 def test_an_unknown_flag_proposes_the_nearest(module, capsys):
-    refused(capsys, module, ["x", "--epoch", "5"][module is simsiam:], "--epoch: did you mean "
-            "--epochs?")
+    refused(capsys, module, ["x", "--epoch", "5"][module is simsiam:], "--epoch is not a flag: "
+            "did you mean --epochs?")
     refused(capsys, module, ["x", "--batchsize=5"][module is simsiam:], "--batch-size?")
     refused(capsys, module, ["x", "--zzz"][module is simsiam:], "--zzz", "--help")
+    refused(capsys, module, ["x", "b.pt"][module is simsiam:], "b.pt is not a flag")
 
 
 # ------------------------------------------------------------------------------ surroundings

@@ -108,7 +108,7 @@ def test_separable_classes_are_told_apart(run, folder, tmp_path, capsys):
         assert (kept["test_images"], kept["features"]) == (12, 128)
         assert kept["networks"] == {"top1": mode, "knn": f"{networks[mode]} backbone"}
         said = capsys.readouterr().out
-        assert f"{mode}: top1=100.00 " in said and f"tau=0.1 ({networks[mode]} " in said
+        assert f"{mode}: top1=100.00 " in said and f"knn_tau=0.1 ({networks[mode]} " in said
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -213,6 +213,30 @@ def test_distillation_begins_with_fine_tuning(run, tmp_path, capsys):
     assert f" teacher_top1={both['teacher_top1']:.2f} " in said
     kept = json.loads((tmp_path / "eval_distill_images0_0.2.json").read_text())
     assert {key: kept[key] for key in both} == both and kept["labels"] == 8
+
+
+def test_the_student_sees_all_images_and_leaves_its_teacher_alone(run, tmp_path, monkeypatch):
+    """In main: 8 images with labels teach the teacher, all 40 the student, which is exported."""
+    calls, taus, train, loss = [], [], linear_eval.train, linear_eval.distill_loss
+
+    def spied(network, head, keep, data, args, recipe, autocast, teacher):
+        before = [{key: x.clone() for key, x in part.state_dict().items()}
+                  for part in teacher or ()]
+        assert not any(m.training for part in teacher or () for m in part.modules())
+        train(network, head, keep, data, args, recipe, autocast, teacher)
+        for part, old in zip(teacher or (), before):  # batch norms' statistics too
+            assert all(x.equal(old[key]) for key, x in part.state_dict().items())
+        calls.append((network, keep))
+    monkeypatch.setattr(linear_eval, "train", spied)
+    monkeypatch.setattr(linear_eval, "distill_loss",
+                        lambda s, t, tau: taus.append(tau) or loss(s, t, tau))
+    judge(run(), "--mode", "distill", "--label-fraction", 0.2, "--epochs", 1, "--distill-tau", 2,
+          "--export", tmp_path / "b.pth", "--out", tmp_path)
+    (teacher, few), (student, everything) = calls
+    assert len(few) == 8 and sorted(everything.tolist()) == [*range(40)] and {*taus} == {2.0}
+    assert teacher is not student
+    kept = torch.load(tmp_path / "b.pth")
+    assert all(x.equal(kept[key]) for key, x in student[0].state_dict().items())
 
 
 def test_a_student_learns_all_images_from_its_teacher_alone(run, tmp_path):
@@ -538,7 +562,7 @@ def test_the_map_shows_each_image_once_and_in_order(tmp_path):
     for count, classes, side in ((1, 1, 70), (4, 100, 146)):  # a legend of any length
         linear_eval.draw_map(tmp_path / "l.png", queries[:count], images[:count],
                              torch.arange(count) % classes, ["a class of a long name"] * classes)
-        height = side + side // 32 * math.ceil(classes / 6)
+        height = side + 14 * math.ceil(classes / 6)
         assert pixels(tmp_path / "l.png").shape == (3, height, side)
 
 
@@ -548,8 +572,7 @@ def test_pictures_of_a_run_and_of_unlabelled_images(run, folder, tmp_path, capsy
     pictures = [word for pair in zip(flags, paths) for word in pair] + ["--out", tmp_path]
     judge(run(), "--epochs", 1, *pictures)
     assert default_loader(str(paths[0])).size == (11 * 72 + 2, 10 * 72 + 2)
-    legend = (3 * 72 + 2) // 32  # a line below 9 of 12 test images
-    assert default_loader(str(paths[1])).size == (3 * 72 + 2, 3 * 72 + 2 + legend)
+    assert default_loader(str(paths[1])).size == (3 * 72 + 2, 3 * 72 + 2 + 14)  # 9 of 12, a legend
     for path in paths:
         path.unlink()
     assert judge(run(), "--data-dir", folder / "train", *pictures) == {}
@@ -616,7 +639,7 @@ def test_a_stop_is_quiet(run, tmp_path):
     """Ctrl-C in a program of its own, in the middle of training."""
     started = program(ROOT / "linear_eval.py", run(), "--mode", "finetune", "--epochs", 10**6,
                       "--out", tmp_path, "--device", "cpu")
-    assert any(line.startswith("epoch=1 ") for line in started.stdout)  # reads no further
+    assert any(line.startswith("finetune epoch=1 ") for line in started.stdout)  # reads no further
     started.send_signal(signal.SIGINT)
     assert started.wait(60) == -signal.SIGINT and started.stderr.read() == ""
     assert not [*tmp_path.iterdir()]
