@@ -82,30 +82,30 @@ def parse_args(argv=None):
     count, rate = number(int, 1, 10**6), number(float, 1e-8, 1e3)
     add = parser.add_argument_group("judge").add_argument
     add("--mode", choices=("linear", "finetune", "scratch", "distill"), default="linear",
-        help="train a classifier; all; all from random weights; a student (default: linear)")
+        help="train a classifier; all; all, from random weights; a student (default: linear)")
     add("--epochs", type=count, help="(default: 100, finetune or teacher 30; L-BFGS 1000)")
     add("--lr", type=rate, help="at batch 256, scaled (default: 0.1, finetune 0.05, distill 0.06)")
     add("--weight-decay", type=number(float, 0, 1), help="(default: 0; scratch, distill 5e-4)")
     add("--augment", action="store_true", help="random crops in linear mode too")
-    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0, help="kept (default: 1)")
+    add("--label-fraction", type=number(float, 1e-6, 1), default=1.0, help="used (default: 1)")
     add("--head-layers", type=number(int, 0, 10), default=0,
         help="of the projector, to keep: 1 in SimCLR v2 [Sec. 2] (default: 0)")
     add("--distill-tau", type=rate, default=0.1,
         help="temperature of teacher and student [SimCLR v2 Sec. 3] (default: 0.1)")
     add("--knn", type=count, nargs="*", default=[1, 5, 20, 200], help="k (default: 1 5 20 200)")
-    add("--knn-tau", type=rate, default=0.1, help="of its votes [MoCo CIFAR demo] (default: 0.1)")
+    add("--knn-tau", type=rate, default=0.1, help="temperature [MoCo CIFAR demo] (default: 0.1)")
     add = parser.add_argument_group("data, if not the checkpoint's").add_argument
     add("--dataset", choices=DATASETS, help="another than in pre-training: transfer")
     add("--data-dir", help="the images, or where CIFAR is downloaded to")
     add("--cache-dir", help="for a folder's decoded images (default: in --data-dir)")
     add("--skip-broken", action="store_true", help="go on without files that cannot be read")
-    add("--max-pixels", type=count, help="of a file (default: Pillow's limit)")
+    add("--max-pixels", type=count, help="refuse more (default: Pillow's limit)")
     add("--image-size", type=number(int, 8, 4096), help="pixels")
-    add("--mean", type=number(float, -10, 10), nargs=3, help="(of foreign weights: ImageNet's)")
+    add("--mean", type=number(float, -10, 10), nargs=3, help="(default: training's or ImageNet's)")
     add("--std", type=number(float, 1e-6, 10), nargs=3, help="likewise")
     add = parser.add_argument_group("network, if not the checkpoint's").add_argument
     add("--arch", choices=ARCHS, help="backbone (default for foreign weights: resnet18)")
-    add("--prefix", default="", help="of one backbone among several: module.encoder_q.")
+    add("--prefix", default="", help="if the file has several backbones: module.encoder_q.")
     add = parser.add_argument_group("run and output").add_argument
     add("--batch-size", type=number(int, 2, 10**6), default=256, help="(default: 256)")
     add("--seed", type=number(int, 0, 10**9), default=0, help="same seed, same run (default: 0)")
@@ -119,7 +119,7 @@ def parse_args(argv=None):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{key.replace('_', '-')}" for key in vars(args) if key != "checkpoint"]
-        near = get_close_matches(unknown[0], flags, 1) or ["one that --help shows"]
+        near = get_close_matches(unknown[0], flags, 1, 0.7) or ["one that --help shows"]
         fail(f"{unknown[0]} is not a flag: did you mean {near[0]}?")
     if args.mode == "linear" and not args.augment and (args.lr or args.weight_decay) is not None:
         fail("--lr and --weight-decay are not for L-BFGS: add --augment or --mode")
@@ -149,8 +149,8 @@ def read_weights(path, prefix=""):
     chosen = [prefix] if prefix in found else [
         name for name in found if f".{name}".endswith(f".{prefix}")]
     if len(chosen) != 1:
-        raise ValueError(f"{path} holds {len(found)} ResNets, {len(chosen)} of --prefix "
-                         f"{prefix!r}, which names one: {' '.join(found[:8]) or 'no ResNet'}")
+        raise ValueError(f"--prefix {prefix!r} fits {len(chosen)} of {len(found)} ResNets of {path}"
+                         f", name one: {' '.join(found[:8]) or 'no ResNet'}")
     tensors = {key.removeprefix(chosen[0]): x for key, x in tensors.items()
                if key.startswith(chosen[0])}
     modules = dict.fromkeys(key.split(".")[0] for key in tensors)  # to ResNet's own names
@@ -415,7 +415,7 @@ def main(argv=None):
         data = load_dataset(name, data_dir, size, args.cache_dir or known.get("cache_dir"), device,
                             args.skip_broken or known.get("skip_broken"), args.max_pixels)
         if data.test_labels is None and args.mode != "linear":
-            raise ValueError(f"--mode {args.mode} needs labels: a folder a class")
+            raise ValueError(f"--mode {args.mode} needs labels in a test/ or val/ beside train/")
     except (OSError, ValueError) as problem:
         fail(problem)
     mean, std = (torch.as_tensor(x, device=device) for x in (

@@ -483,14 +483,14 @@ def parse_args(argv=None):
     add("--data-dir", default="data", help="the images, or where CIFAR is downloaded to")
     add("--cache-dir", help="for a folder's decoded images (default: in --data-dir)")
     add("--skip-broken", action="store_true", help="go on without files that cannot be read")
-    add("--max-pixels", type=number(int, 1, 10**12), help="of a file (default: Pillow's limit)")
+    add("--max-pixels", type=number(int, 1, 10**12), help="refuse more (default: Pillow's)")
     add("--image-size", type=number(int, 8, 4096), help="pixels (default: 32, folder 224)")
     add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
         help="threads that gather training images that do not fit on the device")
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=ARCHS, default="resnet18", help="backbone")
     # Below 16 channels torch 2.11 to 2.15 corrupts memory (CPU, channels_last, 1x1, stride 2).
-    add("--width", type=number(float, 0.25, 16), default=1.0, help="times all channel counts")
+    add("--width", type=number(float, 0.25, 16), default=1.0, help="multiplies channel counts")
     add("--stem", choices=("auto", "cifar", "imagenet"), default="auto",
         help="auto: cifar (3x3, no max-pool) up to 64 pixels")
     add("--init", metavar="PATH", help="begin with these weights: a checkpoint or torchvision's")
@@ -505,7 +505,7 @@ def parse_args(argv=None):
         help="torch.compile the network (default: on CUDA without SyncBatchNorm)")
     add = parser.add_argument_group("output").add_argument
     add("--out", default=f"runs/{Path(__file__).stem}", help="folder of log and checkpoint")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
+    add("--resume", action="store_true", help="go on from --out, all else the same")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--save-views", metavar="PNG", help="draw eight images and their views first")
     add = parser.add_argument_group("monitor").add_argument
@@ -518,7 +518,7 @@ def parse_args(argv=None):
     (args, unknown), world = parser.parse_known_args(argv), processes().world
     if unknown:
         flags = [f"--{key.replace('_', '-')}" for key in vars(args)]
-        near = get_close_matches(unknown[0], flags, 1) or ["one that --help shows"]
+        near = get_close_matches(unknown[0], flags, 1, 0.7) or ["one that --help shows"]
         fail(f"{unknown[0]} is not a flag: did you mean {near[0]}?")
     if args.resume and args.overwrite:
         fail("--resume and --overwrite exclude each other")
