@@ -16,8 +16,8 @@ CHECKPOINT: one of the four scripts', or a file with a ResNet's weights in torch
 names or numbered, as in a Sequential. What no ResNet has, such as a head, is left out.
 
 Different from the papers: a batch norm without affine before the classifier [MAE App. A]. In
-SimCLR v2 a student is trained by LARS for 400 epochs, here by SGD for 100, by the loss times
-tau: LARS does not see a loss's scale, SGD does. Theirs lacks the head's layers, ours has them.
+SimCLR v2 a student is trained by LARS for 400 epochs, here by SGD for 100, its scores being tau
+times the classifier's: SGD, unlike LARS, would else hardly move the backbone at a low tau.
 """
 
 # =================== 1. Imports ===================
@@ -299,11 +299,11 @@ def fit(head, bank, labels, iterations):
 
 
 def distill_loss(student, teacher, tau):
-    """Cross-entropy of softened predictions, SimCLR v2's Eq. 2 times tau, mean of the batch.
+    """Cross-entropy of softened predictions, SimCLR v2's Eq. 2: mean of the batch, nats.
 
     student, teacher: (B, classes) logits; the teacher's has no gradient
     """
-    return tau * F.cross_entropy(student / tau, (teacher.detach() / tau).softmax(1))
+    return F.cross_entropy(student / tau, (teacher.detach() / tau).softmax(1))
 
 
 def train(network, head, keep, data, args, recipe, autocast, teacher=None):
@@ -337,7 +337,7 @@ def train(network, head, keep, data, args, recipe, autocast, teacher=None):
             if teacher:
                 with torch.no_grad(), autocast():
                     x = teacher[0](x)
-                loss = distill_loss(y, teacher[1](x.float()), args.distill_tau)
+                loss = distill_loss(args.distill_tau * y, teacher[1](x.float()), args.distill_tau)
             else:
                 loss = F.cross_entropy(y, data.train_labels[index])
             optimizer.zero_grad()

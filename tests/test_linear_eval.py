@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import copy
 import io
 import json
 import math
@@ -183,7 +184,7 @@ def test_accuracies_are_counted_by_hand(monkeypatch):
 # ------------------------------------------------------------------------------ distillation
 @pytest.mark.parametrize("tau", [0.1, 1.0, 3.0])
 def test_distill_loss_is_the_papers_equation(tau):
-    """A loop typed from SimCLR v2's Eq. 2, times tau; no gradient to the teacher."""
+    """A loop typed from SimCLR v2's Eq. 2; no gradient to the teacher."""
     draw = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(4, 5, generator=draw, requires_grad=True) for _ in range(2))
 
@@ -194,11 +195,33 @@ def test_distill_loss_is_the_papers_equation(tau):
         for y in range(5):
             total -= probability(t, y) * math.log(probability(s, y))
     loss = linear_eval.distill_loss(student, teacher, tau)
-    assert loss.item() == pytest.approx(tau * total / 4, rel=1e-5)
+    assert loss.item() == pytest.approx(total / 4, rel=1e-5)
     loss.backward()
     softened = [F.softmax(x.detach() / tau, 1) for x in (student, teacher)]
-    assert torch.allclose(student.grad, (softened[0] - softened[1]) / 4, atol=1e-6)
+    assert torch.allclose(student.grad, (softened[0] - softened[1]) / 4 / tau, atol=1e-5)
     assert teacher.grad is None
+
+
+def test_a_low_temperature_trains_the_backbone_as_a_high_one():
+    """A teacher that is sure at any tau: the same student, to rounding, and its network moves."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
+    truth = (images[:, 0].float().mean((1, 2)) > 127.5).long()
+    data = common.Dataset(images, None, images, truth, ("a", "b"), torch.full((3,), 0.5),
+                          torch.full((3,), 0.3))
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                                  torch.nn.Linear(3, 8), torch.nn.ReLU())
+    head, students = torch.nn.Linear(3, 2, bias=False), []
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[-1e6] * 3, [1e6] * 3]))
+    for tau in ("0.1", "1"):
+        args = linear_eval.parse_args(["x", "--mode", "distill", "--epochs", "3",
+                                       "--distill-tau", tau])
+        students.append(copy.deepcopy(network))
+        linear_eval.classify(students[-1], torch.zeros(64, 8), None, torch.arange(64), data, args,
+                             partial(torch.autocast, "cpu", enabled=False), (network[:2], head))
+    low, high = (student[2].weight.detach() for student in students)
+    assert torch.allclose(low, high, atol=1e-6) and (low - network[2].weight).norm() > 1e-3
 
 
 def test_distillation_begins_with_fine_tuning(run, tmp_path, capsys):
