@@ -435,10 +435,7 @@ class UserError(ValueError):
 
 
 def processes():
-    """This process among those that torchrun started: rank of world; alone without torchrun.
-
-    local_rank: its number on this machine, which is its GPU's
-    """
+    """This process among torchrun's: rank of world; local_rank is its number on this machine."""
     local_rank = int(os.environ.get("LOCAL_RANK") or 0)
     if dist.is_initialized():  # perhaps by another launcher
         return Processes(dist.get_rank(), dist.get_world_size(), local_rank)
@@ -574,9 +571,8 @@ def draw_columns(path, columns, args):
     """Draw images and what was made of them, each (N, 3, ., .) in [0, 1], as columns of a PNG."""
     if args.dataset == "folder" and Path(args.data_dir).resolve() in Path(path).resolve().parents:
         raise UserError(f"{path} lies in --data-dir and would be trained on: draw it elsewhere")
-    size = columns[0].shape[2:]
-    rows = torch.stack([nn.functional.interpolate(x, size) for x in columns], 1).flatten(0, 1)
-    save_image(rows, path, "png", nrow=len(columns))
+    rows = torch.stack([nn.functional.interpolate(x, columns[0].shape[2:]) for x in columns], 1)
+    save_image(rows.flatten(0, 1), path, "png", nrow=len(columns))
 
 
 def locked(path, wait=True):
