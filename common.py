@@ -133,7 +133,7 @@ def _read_folder(root, size, cache_dir, skip_broken):
     if processes().rank == 0:  # one talks
         said = ", ".join(f"{n} {why}" for why, n in (+left).most_common(20)) or "nothing"
         say(f"{root}: {len(train)} images of {len(classes) * labelled} classes to train on, "
-            f"{len(test)} of {top} to test on; left out: {said}")
+            f"{f'{len(test)} of {top}' if test else 'none'} to test on; left out: {said}")
     place = "-" + hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]  # if names are equal
     cache = Path(cache_dir or root, f"{root.resolve().name}-{size}{place if cache_dir else ''}.npy")
     images, unread = _decoded([file for _, file in train + test], root, size, cache)

@@ -99,7 +99,7 @@ def parse_args(argv=None):
     add("--data-dir", help="the images, or where CIFAR is downloaded to")
     add("--cache-dir", help="for a folder's decoded images (default: in --data-dir)")
     add("--skip-broken", action="store_true", help="go on without files that cannot be read")
-    add("--max-pixels", type=count, help="refuse more (default: Pillow's limit)")
+    add("--max-pixels", type=count, help="refuse larger (default: Pillow's)")
     add("--image-size", type=number(int, 8, 4096), help="pixels")
     add("--mean", type=number(float, -10, 10), nargs=3, help="(default: training's or ImageNet's)")
     add("--std", type=number(float, 1e-6, 10), nargs=3, help="likewise")

@@ -505,7 +505,7 @@ def parse_args(argv=None):
     add("--data-dir", default="data", help="the images, or where CIFAR is downloaded to")
     add("--cache-dir", help="for a folder's decoded images (default: in --data-dir)")
     add("--skip-broken", action="store_true", help="go on without files that cannot be read")
-    add("--max-pixels", type=number(int, 1, 10**12), help="refuse more (default: Pillow's)")
+    add("--max-pixels", type=number(int, 1, 10**12), help="refuse larger (default: Pillow's)")
     add("--image-size", type=number(int, 8, 4096), help="pixels (default: 32, folder 224)")
     add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
         help="threads that gather training images that do not fit on the device")

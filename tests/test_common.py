@@ -371,7 +371,8 @@ def test_layouts(layout, tmp_path, capsys):
     labels = [x if x is None else x.tolist() for x in (data.train_labels, data.test_labels)]
     assert [" ".join(data.classes), *labels] == [classes, train_labels, test_labels]
     count = len(classes.split())
-    assert f"{train} images of {count} classes to train on, {test} of " in capsys.readouterr().out
+    judged = f"{test} of " if test else "none to test on"
+    assert f"{train} images of {count} classes to train on, {judged}" in capsys.readouterr().out
 
 
 def test_only_one_process_of_a_run_talks(tmp_path, capsys, monkeypatch):
