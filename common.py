@@ -454,8 +454,7 @@ def wrap(model, sync_bn, compiled, device):
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
         network = nn.parallel.DistributedDataParallel(model)
     if compiled is None:  # Triton is absent on Windows; SyncBatchNorm breaks the graph
-        compiled = (device.type == "cuda" and find_spec("triton")
-                    and not (world > 1 and sync_bn))
+        compiled = device.type == "cuda" and find_spec("triton") and not (world > 1 and sync_bn)
     if compiled:  # CUDA graphs: not tried with DistributedDataParallel
         network = torch.compile(network, mode="reduce-overhead" if world == 1 else "default")
     return network
@@ -480,10 +479,11 @@ def choose_device(name):
     """The device of that name, or the best there is if that is "auto"; a GPU for each process."""
     there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
     device = torch.device(there[0] if name == "auto" else name)
-    if device.type not in there:
-        raise UserError(f"--device {name}: this machine has none; use --device auto or cpu")
+    local = processes().local_rank
+    if device.type not in there or device.type == "cuda" and local >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there is none for process {local}, try --device cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(processes().local_rank)
+        torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True  # time each shape's convolutions once, keep the best
     return device
 
@@ -494,6 +494,7 @@ def environment(device):
     if name == "cpu":
         with suppress(OSError, TypeError), open("/proc/cpuinfo") as file:  # Linux
             name = re.search("model name.*: (.*)", file.read())[1]
+        name = f"{name}, {torch.get_num_threads()} threads"
     failed, commit = subprocess.getstatusoutput(
         f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty')
     return {"device": name, "torch": torch.__version__, "commit": None if failed else commit}
@@ -620,9 +621,8 @@ def say(text, end="\n"):
 
 def with_progress(batches, epoch, steps):
     """Pass the batches on and say how far it is: on a terminal in place, else once a minute."""
-    said, end, pause = time.perf_counter(), "\n", 60
-    if sys.stdout and sys.stdout.isatty():  # None if it was closed from the start
-        end, pause = "\r", 0.5
+    said, tty = time.perf_counter(), sys.stdout and sys.stdout.isatty()  # stdout: None if closed
+    end, pause = ("\r", 0.5) if tty else ("\n", 60)
     for step, batch in enumerate(batches, 1):
         yield batch
         if time.perf_counter() - said > pause and processes().rank == 0:

@@ -44,7 +44,7 @@ from common import (ARCHS, DATASETS, batches, choose_device, environment, load_b
                     load_checkpoint, load_dataset, normalize, processes, resnet, say)
 
 RECIPES = {  # epochs, learning rate at batch 256, weight decay
-    "linear": (1000, None, None),  # iterations at most [ours, measured: SimSiam took 800]
+    "linear": (1000, None, None),  # iterations at most [ours]
     "augment": (100, 0.1, 0.0),  # linear with --augment [ours; 100: MoCo CIFAR demo]
     "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5; 60 epochs for 1 % of the labels]
     "scratch": (100, 0.1, 5e-4),  # [ours; He et al. 1512.03385 Sec. 4.2: 0.2 by this measure]
@@ -312,7 +312,7 @@ def train(network, head, keep, data, args, recipe, autocast, teacher=None):
     teacher: a network and its head in evaluation mode, whose predictions replace the labels
     """
     epochs, lr, decay = recipe
-    # Few labels: at least 16 steps an epoch, or 1 % of CIFAR-10 would be two.
+    # Few labels: 16 steps an epoch if 8 images each are left; 1 % of CIFAR-10 would be one.
     batch = min(args.batch_size, max(8, len(keep) // 16), len(keep))
     steps, frozen = len(keep) // batch, args.mode == "linear"
     crop = transforms.RandomResizedCrop(data.train_images.shape[3])  # [SimCLR App. B.5]

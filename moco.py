@@ -21,7 +21,7 @@ Keys come from a slow copy of the network, a moving average, so that old keys st
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order
-  of the four colour operations is drawn once a batch, to run each once on all of its views.
+  of the four colour operations is drawn once for each view of a batch, to run each once on it.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
 - A folder's crops are cut, not antialiased, from images resized once (large JPEGs by `draft`).
 - The recipe is the authors' Colab demo's, but for the head, linear there: the symmetric loss is
@@ -263,6 +263,7 @@ def train(args):
                                  args.warmup_epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = group.get("fixed_lr", rate)
+            optimizer.zero_grad()
             views = [normalize(view, data.mean, data.std) for view in augment(x, args)]
             # <method>
             with autocast():
@@ -270,7 +271,6 @@ def train(args):
             loss = sum(info_nce(q, k, model.queue, args.tau) for q, k in pairs)  # Eq. 1
             std = feature_std(pairs[0][0])
             # </method>
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             # <method>

@@ -19,8 +19,7 @@ Two views of an image must find each other among all views of the batch: a softm
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order
-  of the four colour operations is drawn once a batch, to run each once on all of its views.
-- The learning rate moves every step, not every epoch: the same cosine without its stairs.
+  of the four colour operations is drawn once for each view of a batch, to run each once on it.
 - A folder's crops are cut, not antialiased, from images resized once (large JPEGs by `draft`).
 - The recipe is the best published one for ResNet-18 on CIFAR-10, dkobak/simclr-cifar10 on
   GitHub: SGD without warmup that decays all parameters, not LARS; each view goes through the
@@ -224,6 +223,7 @@ def train(args):
                                  args.warmup_epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = group.get("fixed_lr", rate)
+            optimizer.zero_grad()
             views = [normalize(view, data.mean, data.std) for view in augment(x, args)]
             # <method>
             with autocast():
@@ -231,7 +231,6 @@ def train(args):
             loss = nt_xent(gather(z1), gather(z2), args.tau)  # Eq. 1
             std = feature_std(z1)
             # </method>
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses[step], stds[step] = loss.detach(), std

@@ -1,4 +1,4 @@
-"""SimSiam. CIFAR-10, 200 epochs: 76.0 % kNN (JPEG copy, 6 minutes, H100); lightly has 81.7 %.
+"""SimSiam. CIFAR-10, 200 epochs: 76.0 % kNN (JPEG copy, 6 minutes, H100); lightly had 81.7 %.
 
 Reference implementation, made to be read from the top, diffed and copied (with common.py), of
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021, arXiv 2011.10566.
@@ -19,12 +19,12 @@ stop-gradient and the predictor keep the constant solution away (--no-stop-gradi
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order
-  of the four colour operations is drawn once a batch, to run each once on all of its views.
+  of the four colour operations is drawn once for each view of a batch, to run each once on it.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
 - A folder's crops are cut, not antialiased, from images resized once (large JPEGs by `draft`).
 - g's last batch norm has no scale and shift, as in the authors' code (SimSiam's builder.py).
-- The defaults are CIFAR's at any size, 200 epochs of the paper's 800; for ImageNet SimSiam has
-  a projector of three layers, lr 0.05 and weight decay 1e-4.
+- The defaults are CIFAR's at any size, 200 epochs of SimSiam's 800; for ImageNet g has three
+  layers, lr 0.05, weight decay 1e-4. SimSiam's h keeps its rate from Sec. 4.2 on: --fix-pred-lr.
 """
 # SPDX-License-Identifier: MIT
 # Shared sections are one text in all four scripts, but for what stands in <method> fences.
@@ -67,7 +67,7 @@ def add_recipe(parser):
     add("--pred-dim", type=number(int, 1, 10**6), default=512,
         help="hidden units of the predictor, a quarter of z's 2048 [SimSiam Sec. 3]")
     add("--fix-pred-lr", action="store_true",
-        help="the predictor's rate is constant, for ImageNet [official main_simsiam.py]")
+        help="the predictor's rate is constant [SimSiam Sec. 4.2, main_simsiam.py]")
     add("--stop-gradient", action=argparse.BooleanOptionalAction, default=True,
         help="without it the output collapses [SimSiam Fig. 2]")
 
@@ -108,7 +108,7 @@ def neg_cosine(p, z, stop_gradient=True):
 
 # =================== 4. Model (method) ===================
 class Model(nn.Module):
-    """f, g and h; base_encoder() makes a backbone that has `num_features`."""
+    """The networks; base_encoder() makes a backbone that has `num_features`."""
 
     sync_bn = True  # more GPUs: the batch's statistics, not a part's [SimSiam Sec. 3]
 
@@ -191,6 +191,7 @@ def train(args):
                                  args.warmup_epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = group.get("fixed_lr", rate)
+            optimizer.zero_grad()
             views = [normalize(view, data.mean, data.std) for view in augment(x, args)]
             # <method>
             with autocast():
@@ -198,7 +199,6 @@ def train(args):
             loss = D(p1, z2) / 2 + D(p2, z1) / 2  # Eq. 4
             std = feature_std(z1)
             # </method>
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses[step], stds[step] = loss.detach(), std

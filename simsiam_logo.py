@@ -25,17 +25,17 @@ differ: an affinity learns to tell pairs of one image from pairs of two, the enc
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order
-  of the four colour operations is drawn once a batch, to run each once on all of its views.
+  of the four colour operations is drawn once for each view of a batch, to run each once on it.
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
 - A folder's crops are cut, not antialiased, from images resized once (large JPEGs by `draft`).
 - g's last batch norm has no scale and shift, as in the authors' code (SimSiam's builder.py).
-- The defaults are CIFAR's at any size, 200 epochs of the paper's 800; for ImageNet SimSiam has
-  a projector of three layers, lr 0.05 and weight decay 1e-4.
-- The paper adds L_lg's four terms; here L_lg is their mean, not yet compared at full width.
+- The defaults are CIFAR's at any size, 200 epochs of SimSiam's 800; for ImageNet g has three
+  layers, lr 0.05, weight decay 1e-4. SimSiam's h keeps its rate from Sec. 4.2 on: --fix-pred-lr.
+- The paper adds L_lg's four terms; here it is their mean, which the authors' code counts twice.
 - Crops: SimSiam's 0.2 to 1 of the area, cut in two at 0.4 as in the authors' code, where local
-  ones begin at 0.05; not yet compared at full width. We do not know the paper's.
+  ones begin at 0.05. We do not know the paper's; neither is compared at full width yet.
 - The affinity learns by a logistic loss, as in the authors' MoCo-LoGo (the paper's Omega has no
-  bound), with the encoder and not before it; no noise, unit inputs or batch norm as in theirs.
+  bound), with the encoder, not before; theirs has noise, unit inputs, batch norm, softplus(L_ll).
 """
 # SPDX-License-Identifier: MIT
 # Shared sections are one text in all four scripts, but for what stands in <method> fences.
@@ -78,7 +78,7 @@ def add_recipe(parser):
     add("--pred-dim", type=number(int, 1, 10**6), default=512,
         help="hidden units of the predictor, a quarter of z's 2048 [SimSiam Sec. 3]")
     add("--fix-pred-lr", action="store_true",
-        help="the predictor's rate is constant, for ImageNet [official main_simsiam.py]")
+        help="the predictor's rate is constant [SimSiam Sec. 4.2, main_simsiam.py]")
     add("--stop-gradient", action=argparse.BooleanOptionalAction, default=True,
         help="without it the output collapses [SimSiam Fig. 2]")
     add("--global-scale", type=number(float, 1e-3, 1), nargs=2, default=[0.4, 1.0],
@@ -150,7 +150,7 @@ def affinity_loss(pos, neg):
 
 # =================== 4. Model (method) ===================
 class Model(nn.Module):
-    """f, g and h; base_encoder() makes a backbone that has `num_features`."""
+    """The networks; base_encoder() makes a backbone that has `num_features`."""
 
     sync_bn = True  # more GPUs: the batch's statistics, not a part's [SimSiam Sec. 3]
 
@@ -244,6 +244,7 @@ def train(args):
                                  args.warmup_epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = group.get("fixed_lr", rate)
+            optimizer.zero_grad()
             views = [normalize(view, data.mean, data.std) for view in augment(x, args)]
             # <method>
             with autocast():
@@ -253,7 +254,6 @@ def train(args):
             loss = loss + (l_affinity - l_affinity.detach())  # both gradients, L's value
             std = feature_std(z[0])
             # </method>
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses[step], stds[step] = loss.detach(), std

@@ -109,7 +109,8 @@ def runs(folder):
 def results():
     """RESULTS.md."""
     out = ["# Results", "", "Made by `python tests/report.py` from the logs in these folders: kNN "
-           "in percent after the last epoch, mean (lowest-highest) over seeds.", ""]
+           "in percent after the last epoch, mean (lowest-highest) over seeds. Minutes as logged: "
+           "on a CPU with other work on the machine and pauses.", ""]
     for folder, question in FOLDERS.items():
         groups = runs(folder)
         if not groups:
@@ -137,7 +138,7 @@ def results():
 
 def few_labels(folder):
     """What linear_eval.py reached with few labels: a row a label fraction, if there are any."""
-    found, seeds = {}, set()
+    found, seeds, epochs, above = {}, set(), set(), []
     for path in sorted((REFERENCE / folder).glob("eval_*.json")):
         record = json.loads(path.read_text())
         args = record["args"]
@@ -147,10 +148,14 @@ def few_labels(folder):
         row.setdefault(f"{args['mode']} minutes", []).append(record["seconds"] / 60)
         if args["mode"] == "distill":
             row.setdefault("finetune", []).append(record["teacher_top1"])
+            epochs.add(str(args["epochs"]))
+            above.append(record["top1"] > record["teacher_top1"])
     if not found:
         return []
     out = [f"Right of all test images, in percent, by `linear_eval.py`; seeds "
-           f"{' '.join(map(str, sorted(seeds)))}. Minutes are of one run on one core.", "",
+           f"{' '.join(map(str, sorted(seeds)))}; students of {'/'.join(sorted(epochs))} epochs. "
+           f"In {sum(above)} of {len(above)} runs the student is above its teacher. Minutes are of "
+           "one run on one core.", "",
            "| labels | from scratch | fine-tuned: the teacher | distilled: the student | minutes: "
            "from scratch | teacher and student |", "|---|---|---|---|---|---|"]
     for fraction, row in sorted(found.items()):
@@ -168,7 +173,8 @@ def table():
     judged = {}
     for path in sorted((REFERENCE / "headline").glob("linear_eval_*.jsonl")):
         record = json.loads(path.read_text().splitlines()[0])
-        judged[record["method"]] = f"{record['top1']:.1f}"
+        mark = " (JPEG copy)" if path.stem.endswith("_jpeg") else ""
+        judged[record["method"]] = f"{record['top1']:.1f}{mark}"
     found = {name: group for (name, _), group in runs("headline").items()}
     for name, (idea, published, source) in METHODS.items():
         knn = took = "-"

@@ -81,14 +81,23 @@ def test_an_unknown_flag_proposes_the_nearest(module, capsys):
 # ------------------------------------------------------------------------------ surroundings
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has what the test says is absent")
 def test_an_absent_device_is_refused(capsys):
-    refused(capsys, simsiam, ["--device", "cuda"], "--device cuda", "--device auto or cpu")
-    refused(capsys, linear_eval, ["x", "--device", "mps"], "--device mps", "--device auto or cpu")
+    refused(capsys, simsiam, ["--device", "cuda"], "--device cuda", "try --device cpu")
+    refused(capsys, linear_eval, ["x", "--device", "mps"], "--device mps", "try --device cpu")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(common.UserError, match="none for process 2, try --device cpu"):
+        common.choose_device("auto")
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="other systems have no such file")
 def test_a_log_names_the_processor():
-    name = common.environment(torch.device("cpu"))["device"]
+    name, threads = common.environment(torch.device("cpu"))["device"].rsplit(", ", 1)
     assert len(name) > 3 and f": {name}\n" in Path("/proc/cpuinfo").read_text()
+    assert threads == f"{torch.get_num_threads()} threads"
 
 
 def test_batches_that_cannot_be_split(flags, capsys, monkeypatch):
