@@ -59,9 +59,10 @@ def method(path, header):
 
 
 def command(name, args):
-    """What was typed, but for places and what only the machine asks for."""
+    """What was typed, but for places and what changes nothing but how often there is a kNN."""
     defaults = vars(importlib.import_module(name).parse_args([]))
-    places = ("out", "seed", "workers", "cache_dir", "resume", "overwrite", "save_views", "device")
+    places = ("out", "seed", "workers", "cache_dir", "resume", "overwrite", "save_views", "device",
+              "knn_every")
     words = [f"python {name}.py"]
     for key, value in args.items():
         flag = "--" + key.replace("_", "-")
