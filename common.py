@@ -481,7 +481,7 @@ def choose_device(name):
     device = torch.device(there[0] if name == "auto" else name)
     local = processes().local_rank
     if device.type not in there or device.type == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there is none for process {local}, try --device cpu")
+        raise UserError(f"--device {name}: no {device.type} for process {local}, try --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True  # time each shape's convolutions once, keep the best

@@ -167,6 +167,11 @@ def few_labels(folder):
     return [*out, ""]
 
 
+def mark(path):
+    """What a number is followed by if its run read the lossy copy of the data."""
+    return " (JPEG copy)" if path.stem.endswith("_jpeg") else ""
+
+
 def table():
     """README's table of the methods."""
     out = ["| method | what keeps the constant solution away | kNN here | published | linear here "
@@ -174,16 +179,14 @@ def table():
     judged = {}
     for path in sorted((REFERENCE / "headline").glob("linear_eval_*.jsonl")):
         record = json.loads(path.read_text().splitlines()[0])
-        mark = " (JPEG copy)" if path.stem.endswith("_jpeg") else ""
-        judged[record["method"]] = f"{record['top1']:.1f}{mark}"
+        judged[record["method"]] = f"{record['top1']:.1f}{mark(path)}"
     found = {name: group for (name, _), group in runs("headline").items()}
     for name, (idea, published, source) in METHODS.items():
         knn = took = "-"
         if name in found:
             ends, (path, header, _) = [last(epochs) for _, _, epochs in found[name]], found[name][0]
-            mark = " (JPEG copy)" if path.stem.endswith("_jpeg") else ""
             device = re.sub(r"NVIDIA | 80GB HBM3", "", header["device"])
-            knn = f"{spread(ends)}{mark}"
+            knn = f"{spread(ends)}{mark(path)}"
             took = f"{spread([minutes(e) for _, _, e in found[name]], 0)} ({device})"
         out.append(f"| `{name}.py` | {idea} | {knn} | {published}: {source} | "
                    f"{judged.get(name, '-')} | {took} | `python {name}.py` |")

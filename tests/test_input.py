@@ -89,7 +89,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(common.UserError, match="none for process 2, try --device cpu"):
+    with pytest.raises(common.UserError, match="no cuda for process 2, try --device cpu"):
         common.choose_device("auto")
 
 

@@ -149,15 +149,20 @@ def test_a_channel_that_training_never_sees_has_no_effect(mode, monkeypatch):
     assert end["top1"] == 100
 
 
-def test_a_nearly_dead_channel_does_not_wreck_what_is_trained():
-    """A ReLU's output of tiny spread, as projectors have: its weights move as the others' do."""
+def red_or_not():
+    """Images of two classes, more or less red, and a small network with a ReLU at its end."""
     torch.manual_seed(0)
     images = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
     labels = (images[:, 0].float().mean((1, 2)) > 127.5).long()
     data = common.Dataset(images, labels, images, labels, ("a", "b"), torch.full((3,), 0.5),
                           torch.full((3,), 0.3))
-    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
-                                  torch.nn.Linear(3, 8), torch.nn.ReLU())
+    return data, torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                                     torch.nn.Linear(3, 8), torch.nn.ReLU())
+
+
+def test_a_nearly_dead_channel_does_not_wreck_what_is_trained():
+    """A ReLU's output of tiny spread, as projectors have: its weights move as the others' do."""
+    data, network = red_or_not()
     with torch.no_grad():
         network[2].weight[0] *= 1e-5
         network[2].bias[0] = 0
@@ -204,13 +209,8 @@ def test_distill_loss_is_the_papers_equation(tau):
 
 def test_a_low_temperature_trains_the_backbone_as_a_high_one():
     """A teacher that is sure at any tau: the same student, to rounding, and its network moves."""
-    torch.manual_seed(0)
-    images = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
-    truth = (images[:, 0].float().mean((1, 2)) > 127.5).long()
-    data = common.Dataset(images, None, images, truth, ("a", "b"), torch.full((3,), 0.5),
-                          torch.full((3,), 0.3))
-    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
-                                  torch.nn.Linear(3, 8), torch.nn.ReLU())
+    data, network = red_or_not()
+    data = data._replace(train_labels=None)
     head, students = torch.nn.Linear(3, 2, bias=False), []
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[-1e6] * 3, [1e6] * 3]))
