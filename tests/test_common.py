@@ -434,15 +434,16 @@ def peak_of_decoding(root, size, said):
     said.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-@pytest.mark.parametrize("sides, count, size", [((40_000, 4), 1, 64), ((8, 8), 24, 2048)])
-def test_memory_is_bounded(sides, count, size, tmp_path):
-    """A long picture is cut before it is resized; not all of 24 large ones (300 MB) are held."""
+@pytest.mark.parametrize("sides, count, size, limit", [
+    ((40_000, 4), 1, 64, 200_000), ((8, 8), 48, 2048, 300_000)])  # seen: 205_000, of any count
+def test_memory_is_bounded(sides, count, size, limit, tmp_path):
+    """A long picture is cut before it is resized; not half of 48 large ones (600 MB) are held."""
     for i in range(count):
         Image.new("RGB", sides).save(tmp_path / f"{i}.png")
     context = fast_start()
     said = context.Queue()
     context.Process(target=peak_of_decoding, args=(tmp_path, size, said)).start()
-    assert said.get(timeout=60) < 200_000
+    assert said.get(timeout=60) < limit
 
 
 # ------------------------------------------------------------------------------ identity
