@@ -651,13 +651,6 @@ def program(*argv, **more):
                             **{"stdout": subprocess.PIPE, **more})
 
 
-def test_help_without_docstrings():
-    """python -OO strips them."""
-    done = program("-OO", ROOT / "linear_eval.py", "--help")
-    said, problem = done.communicate()
-    assert done.returncode == 0 and "Judge a backbone" in said and problem == ""
-
-
 def test_a_stop_is_quiet(run, tmp_path):
     """Ctrl-C in a program of its own, in the middle of training."""
     started = program(ROOT / "linear_eval.py", run(), "--mode", "finetune", "--epochs", 10**6,
