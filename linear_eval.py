@@ -111,7 +111,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 10**9), default=0, help="same seed, same run (default: 0)")
     add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="(default: auto)")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="of the network; auto: bf16 on CUDA, else fp32 (default: auto)")
+        help="auto: bf16 on CUDA, else fp32; bf16 is far slower on CPUs without it (default: auto)")
     add("--out", help="folder of the results in JSON (default: the checkpoint's)")
     add("--neighbours", metavar="PNG", help="draw ten images and the ten nearest to each")
     add("--map", metavar="PNG", help="draw the images by their two main components")

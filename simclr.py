@@ -499,7 +499,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 10**9), default=0, help="same seed, same run")
     add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="auto: best")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="of the network; auto: bf16 on CUDA, else fp32")
+        help="auto: bf16 on CUDA, else fp32; bf16 is far slower on CPUs without it")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile the network (default: on CUDA without SyncBatchNorm)")
     add = parser.add_argument_group("output").add_argument
