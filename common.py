@@ -113,23 +113,23 @@ def _read_folder(root, size, cache_dir, skip_broken):
     """Images of train/, or of the whole tree; labels if they lie in two or more class folders."""
     if not root.is_dir():
         raise UserError(f"--data-dir {root} is not a folder of images")
-    files, left, broken = _scan(root)
-    split, tree, top = (root / "train").is_dir(), defaultdict(list), "no split"
+    (files, left, broken), tree = _scan(root), defaultdict(list)
+    split = any(path.is_dir() and path.name.lower() == "train" for path in root.iterdir())
     for file in files:  # to those of their split and class; without a class folder it is ""
         names = ("train",) * (not split) + file.relative_to(root).parts
-        tree[names[0], names[1] if len(names) > 2 else ""].append(file)
+        tree[names[0].lower(), names[1] if len(names) > 2 else ""].append(file)
     classes, loose = [name for part, name in tree if part == "train" and name], tree["train", ""]
     labelled = len(classes) > 1 and (split or not loose)
-    if labelled:
-        left.update("in train/ but in no class" for _ in loose)
-        top = next((part for part in SPLITS if any(key[0] == part and key[1] for key in tree)), top)
-    else:  # nothing tells the images apart
+    with_classes = {part for part, name in tree if labelled and name}
+    top = next((part for part in SPLITS if part in with_classes), "no split")
+    if not labelled:  # nothing tells the images apart
         loose[:], classes = sorted(sum((tree["train", name] for name in classes), loose)), [""]
     odd = [name for part, name in tree if part == top and name not in ("", *classes)]
     if odd:
         raise UserError(f"class {odd[0]!r} of {root / top} is not in {root / 'train'}: remove it")
     train, test = ([(label, file) for label, name in enumerate(classes)
                     for file in tree[part, name]] for part in ("train", top))
+    left["of no class or another split"] = len(files) - len(train) - len(test)
     if processes().rank == 0:  # one talks
         said = ", ".join(f"{n} {why}" for why, n in (+left).most_common(20)) or "nothing"
         say(f"{root}: {len(train)} images of {len(classes) * labelled} classes to train on, "
@@ -425,7 +425,7 @@ def load_backbone(f, weights):
     try:
         f.load_state_dict({key: x for key, x in weights.items() if not key.startswith("fc.")})
     except (AttributeError, RuntimeError) as problem:
-        raise UserError("these are not the weights of this network (--arch, --width, --stem): "
+        raise UserError("these are weights of another network (arch, width or stem): "
                         f"{str(problem)[:600]}") from None
 
 

@@ -118,7 +118,7 @@ def parse_args(argv=None):
     add("--export", metavar="PTH", help="write the backbone, in torchvision's names")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{key.replace('_', '-')}" for key in vars(args) if key != "checkpoint"]
+        flags = parser._option_string_actions  # with the --no- forms
         near = get_close_matches(unknown[0], flags, 1, 0.7) or ["one that --help shows"]
         fail(f"{unknown[0]} is not a flag: did you mean {near[0]}?")
     if args.mode == "linear" and not args.augment and (args.lr or args.weight_decay) is not None:

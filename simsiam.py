@@ -484,7 +484,7 @@ def parse_args(argv=None):
     add_recipe(parser)
     (args, unknown), world = parser.parse_known_args(argv), processes().world
     if unknown:
-        flags = [f"--{key.replace('_', '-')}" for key in vars(args)]
+        flags = parser._option_string_actions  # with the --no- forms
         near = get_close_matches(unknown[0], flags, 1, 0.7) or ["one that --help shows"]
         fail(f"{unknown[0]} is not a flag: did you mean {near[0]}?")
     if args.resume and args.overwrite:

@@ -353,6 +353,7 @@ LAYOUTS = {  # files, and what is understood: train and test images, classes, la
     "test before val": ("train/a/0 train/b/0 val/a/0 val/b/0 test/b/0", (2, 1, "a b", [0, 1], [1])),
     "a class without test images": ("train/a/0 train/b/0 test/a/0", (2, 1, "a b", [0, 1], [0])),
     "an empty class": ("train/a/0 train/b/0 train/c/ test/a/0 test/c/", (2, 1, "a b", [0, 1], [0])),
+    "capitals": ("Train/a/0 Train/b/0 Test/b/0 Test/b/1", (2, 2, "a b", [0, 1], [1, 1])),
     "no split": ("a/0 b/0 b/x/1", (3, 0, "a b", [0, 1, 1], None)),
     "train alone": ("train/a/0 train/b/0", (2, 0, "a b", [0, 1], None)),
     "loose in train": ("train/a/0 train/b/0 train/0 test/a/0", (2, 1, "a b", [0, 1], [0])),
@@ -371,8 +372,11 @@ def test_layouts(layout, tmp_path, capsys):
     labels = [x if x is None else x.tolist() for x in (data.train_labels, data.test_labels)]
     assert [" ".join(data.classes), *labels] == [classes, train_labels, test_labels]
     count = len(classes.split())
-    judged = f"{test} of " if test else "none to test on"
-    assert f"{train} images of {count} classes to train on, {judged}" in capsys.readouterr().out
+    judged, said = f"{test} of " if test else "none to test on", capsys.readouterr().out
+    assert f"{train} images of {count} classes to train on, {judged}" in said
+    left = len([name for name in names.split() if name[-1] != "/"]) - train - test
+    assert said.endswith(f"left out: {left} of no class or another split\n" if left else
+                         "left out: nothing\n")
 
 
 def test_only_one_process_of_a_run_talks(tmp_path, capsys, monkeypatch):

@@ -76,6 +76,7 @@ def test_an_unknown_flag_proposes_the_nearest(module, capsys):
     refused(capsys, module, ["x", "--batchsize=5"][module is simsiam:], "--batch-size?")
     refused(capsys, module, ["x", "--zzz"][module is simsiam:], "--zzz", "--help")
     refused(capsys, module, ["x", "b.pt"][module is simsiam:], "b.pt is not a flag")
+    refused(capsys, simsiam, ["--no-stopgradient"], "did you mean --no-stop-gradient?")
 
 
 # ------------------------------------------------------------------------------ surroundings
