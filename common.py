@@ -356,8 +356,6 @@ def batches(images, order, batch_size, device, workers=min(8, os.cpu_count() or 
     images: (N, 3, H, W) uint8, on the device or on the host; order: (M,) int64 on the host
     Images on the host are gathered by `workers` threads into pinned memory, ahead of the network.
     """
-    if not len(order):
-        return  # split would yield one empty batch
     if images.device.type == torch.device(device).type:
         for index in order.to(images.device).split(batch_size):
             yield images[index]
@@ -615,6 +613,8 @@ def say(text, end="\n"):
     """Print; go on without a standard output that was closed or is full."""
     try:
         print(text, end=end, flush=True)
+    except UnicodeEncodeError:  # a file's name, in letters that the output lacks
+        print(text.encode("ascii", "backslashreplace").decode(), end=end, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")
 

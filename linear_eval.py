@@ -118,9 +118,8 @@ def parse_args(argv=None):
     add("--export", metavar="PTH", help="write the backbone, in torchvision's names")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = parser._option_string_actions  # with the --no- forms
-        near = get_close_matches(unknown[0], flags, 1, 0.7) or ["one that --help shows"]
-        fail(f"{unknown[0]} is not a flag: did you mean {near[0]}?")
+        near = get_close_matches(unknown[0], parser._option_string_actions, 1, 0.7)
+        fail(f"{unknown[0]} is not a flag: did you mean {(near or ['one that --help shows'])[0]}?")
     if args.mode == "linear" and not args.augment and (args.lr or args.weight_decay) is not None:
         fail("--lr and --weight-decay are not for L-BFGS: add --augment or --mode")
     if args.mode == "scratch" and args.head_layers:
@@ -138,7 +137,7 @@ def read_weights(path, prefix=""):
     Raises OSError or ValueError, in one line, for other files; never runs a file's code.
     """
     saved = load_checkpoint(path)
-    if all(isinstance(saved.get(part), dict) for part in ("backbone", "model", "args")):
+    if not prefix and all(isinstance(saved.get(x), dict) for x in ("backbone", "model", "args")):
         return saved["backbone"], saved
     dicts = {f"{key}.": x for key, x in saved.items() if isinstance(x, dict)}
     tensors = {f"{name}{key}": x for name, part in {"": saved, **dicts}.items()
@@ -449,6 +448,7 @@ def main(argv=None):
               "method": saved.get("method"), "epoch": saved.get("epoch"), "labels": len(keep),
               "images": len(data.train_images), "test_images": len(data.test_images),
               "precision": "bf16" if bf16 else "fp32", "features": bank.shape[1],
+              "mean": mean.tolist(), "std": std.tolist(),  # for an export's next judge
               **environment(device), "seconds": time.perf_counter() - begin}
     parts = (
         (Path(args.checkpoint).stem, not saved), (args.mode, True), ("augment", args.augment),

@@ -236,7 +236,8 @@ def train(args):
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
     # <method>
     if args.queue > count - args.batch_size:
-        fail(f"images may be their own negatives: try --queue {count - args.batch_size}")
+        fail(f"--queue plus --batch-size is more than the {count} images: some would be their own "
+             "negatives")
     parts = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parts, lr, args.sgd_momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")

@@ -130,7 +130,7 @@ def test_an_out_that_cannot_be_written(flags, capsys, tmp_path):
 def test_settings_that_do_not_fit_the_data(flags, capsys, tmp_path):
     refused(capsys, simsiam, flags(simsiam, "--batch-size", "41"),
             "--batch-size 41 is more than the 40 images: try 32")
-    refused(capsys, moco, flags(moco, "--queue", "33"), "try --queue 32", "negatives")
+    refused(capsys, moco, flags(moco, "--queue", "33"), "--queue plus --batch-size", "40")
     assert not (tmp_path / "run").exists()
 
 

@@ -23,8 +23,9 @@ from torchvision.datasets.folder import default_loader
 
 import common
 import linear_eval
+import moco
 import simsiam
-from conftest import OWN, ROOT, SCRIPTS, refused
+from conftest import OWN, ROOT, SCRIPTS, load, refused
 
 
 
@@ -480,6 +481,15 @@ def test_weights_that_do_not_fit_are_refused_and_listed(resnet18, run, tmp_path,
     refused(capsys, linear_eval, [str(tmp_path / "none.pth")], "none.pth")
     refused(capsys, linear_eval, [str(tmp_path)], str(tmp_path))
     assert not [*tmp_path.glob("*.json")]
+
+
+def test_a_prefix_chooses_from_our_own_checkpoint_too(whole_runs):
+    """MoCo's slow copy; it was the backbone, whatever the prefix."""
+    path = whole_runs(moco)[0] / "checkpoint.pt"
+    kept, ours = linear_eval.read_weights(path, "f_k.")
+    assert ours == {} and kept["conv1.weight"].equal(load(path.parent)["model"]["f_k.conv1.weight"])
+    with pytest.raises(ValueError, match="fits 0 of"):
+        linear_eval.read_weights(path, "foo.")
 
 
 def test_old_weights_without_batch_counts(resnet18):
