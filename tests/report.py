@@ -44,7 +44,10 @@ def read(path):
     """A log as (its first header, its epochs); torn and repeated lines count once."""
     headers, epochs = [], {}
     for line in Path(path).read_text().splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
         if "epoch" in record:
             epochs[record["epoch"]] = record
         else:
@@ -252,15 +255,24 @@ def headline_svg():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("logs", nargs="*", help="your logs (default: the project's)")
-    parser.add_argument("--svg", default="curves.svg", help="where your curves are drawn")
+    parser.add_argument("--svg", metavar="SVG", help="where your curves are drawn")
     args = parser.parse_args(argv)
+    if bool(args.logs) != bool(args.svg):
+        parser.error("your own runs need both, their logs and --svg")
     if args.logs:
-        colors = [*COLORS.values()]
-        curves = [(Path(path).parent.name, colors[i % len(colors)], curve(read(path)[1]))
-                  for i, path in enumerate(args.logs)]
-        Path(args.svg).write_text(svg(curves))
-        for label, _, points in curves:
-            print(f"{label}: {points[-1][1]:.2f} after epoch {points[-1][0]}")
+        colors, curves = [*COLORS.values()], []
+        for path in args.logs:
+            try:
+                points, label = curve(read(path)[1]), Path(path).parent.name
+            except (OSError, ValueError, LookupError, TypeError) as problem:
+                parser.error(f"{path} is no run's log ({type(problem).__name__})")
+            said = f"{points[-1][1]:.2f} after epoch {points[-1][0]}" if points else "no kNN"
+            print(f"{label}: {said}")
+            if points:
+                curves.append((label, colors[len(curves) % len(colors)], points))
+        if curves:
+            Path(args.svg).write_text(svg(curves))
+            print(f"wrote {args.svg}")
         return
     (REFERENCE / "RESULTS.md").write_text(results())
     (REFERENCE / "curves.svg").write_text(headline_svg())

@@ -47,6 +47,30 @@ def test_report_draws_a_users_runs(tmp_path, capsys):
     assert capsys.readouterr().out.count("after epoch 8") == len(logs)
 
 
+def test_report_draws_what_has_a_knn_and_names_what_is_no_log(tmp_path, capsys):
+    """A run without labels, one killed before its first epoch, a line that a kill cut."""
+    lines = (ROOT / "tests/reference/few_epochs/simsiam_shapes_seed0.jsonl").read_text()
+    header, epoch = lines.splitlines()[:2]
+    logs = {"labelled": lines + epoch[:20], "unlabelled": header + '\n{"epoch": 0}\n',
+            "killed": header + "\n"}
+    for name, text in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(text)
+    svg = ["--svg", str(tmp_path / "c.svg")]
+    report.main([*(str(tmp_path / name / "log.jsonl") for name in logs), *svg])
+    said = capsys.readouterr().out.splitlines()
+    assert "after epoch 8" in said[0] and said[1:3] == ["unlabelled: no kNN", "killed: no kNN"]
+    assert (tmp_path / "c.svg").read_text().count("<polyline") == 1
+    (tmp_path / "result.json").write_text('{"epoch": 3}')
+    for wrong in (tmp_path, tmp_path / "none", tmp_path / "result.json", tmp_path / "c.svg"):
+        with pytest.raises(SystemExit, match="2"):
+            report.main([str(wrong), *svg])
+        assert f"{wrong} is no run's log" in capsys.readouterr().err
+    for half in (svg, [str(tmp_path / "labelled/log.jsonl")]):
+        with pytest.raises(SystemExit, match="2"):
+            report.main(half)
+
+
 def commands():
     """README's commands: the table's and the indented ones, but for pip and pytest."""
     yield from re.findall(r"(?m)^\|.*\| `(python .*?)` \|", README)
