@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("judge").add_argument
     add("--mode", choices=("linear", "finetune", "scratch", "distill"), default="linear",
         help="train a classifier; all; all, from random weights; a student (default: linear)")
-    add("--epochs", type=count, help="(default: 100, finetune or teacher 30; L-BFGS 1000)")
+    add("--epochs", type=count, help="(default: 100, finetune 30, L-BFGS 1000); a teacher has 30")
     add("--lr", type=rate, help="at batch 256, scaled (default: 0.1, finetune 0.05, distill 0.06)")
     add("--weight-decay", type=number(float, 0, 1), help="(default: 0; scratch, distill 5e-4)")
     add("--augment", action="store_true", help="random crops in linear mode too")
@@ -99,7 +99,7 @@ def parse_args(argv=None):
     add("--data-dir", help="the images, or where CIFAR is downloaded to")
     add("--cache-dir", help="for a folder's decoded images (default: in --data-dir)")
     add("--skip-broken", action="store_true", help="go on without files that cannot be read")
-    add("--max-pixels", type=count, help="refuse larger (default: Pillow's)")
+    add("--max-pixels", type=count, help="refuse larger; default: 179 million")
     add("--image-size", type=number(int, 8, 4096), help="pixels")
     add("--mean", type=number(float, -10, 10), nargs=3, help="(default: training's or ImageNet's)")
     add("--std", type=number(float, 1e-6, 10), nargs=3, help="likewise")

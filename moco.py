@@ -246,7 +246,7 @@ def train(args):
     network = wrap(model, Model.sync_bn, args.compile, device)
     monitor = partial(knn_monitor, model.f, data, args, local_batch, autocast)
     if record is None:
-        record = {"epoch": 0, **monitor()}  # the untrained network
+        record = {"epoch": 0, **monitor()}  # before training
         save_epoch(log, record, args, model, optimizer, data)
 
     for epoch in range(record["epoch"] + 1, args.epochs + 1):
@@ -529,7 +529,7 @@ def parse_args(argv=None):
     add("--data-dir", default="data", help="the images, or where CIFAR is downloaded to")
     add("--cache-dir", help="for a folder's decoded images (default: in --data-dir)")
     add("--skip-broken", action="store_true", help="go on without files that cannot be read")
-    add("--max-pixels", type=number(int, 1, 10**12), help="refuse larger (default: Pillow's)")
+    add("--max-pixels", type=number(int, 1, 10**12), help="refuse larger; default: 179 million")
     add("--image-size", type=number(int, 8, 4096), help="pixels (default: 32, folder 224)")
     add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
         help="threads that gather training images that do not fit on the device")
@@ -556,7 +556,7 @@ def parse_args(argv=None):
     add("--save-views", metavar="PNG", help="draw eight images and their views first")
     add = parser.add_argument_group("monitor").add_argument
     add("--knn-every", type=number(int, 1, 10**6), default=5,
-        help="epochs between two kNN accuracies, which the first and the last have too")
+        help="epochs between two kNN accuracies; also before training and at the end")
     add("--knn-k", type=number(int, 1, 10**6), default=200, help="neighbours [MoCo demo]")
     add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
         help="temperature of a neighbour's vote [MoCo CIFAR demo]")

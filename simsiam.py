@@ -15,7 +15,7 @@ stop-gradient and the predictor keep the constant solution away (--no-stop-gradi
     h        predictor     p = h(z), (B, 2048)
     D(p, z)  = -p / |p| . stopgrad(z) / |z|, in [-1, 1]                (SimSiam's 1 and 3)
     L        = D(p1, z2) / 2 + D(p2, z1) / 2                           (4)
-               0 if outputs are unrelated; the least if all agree, as in a collapse
+               0 if outputs are unrelated; every D is -1 if all agree, as in a collapse
 
 Differences from the paper:
 - Views are made in batches on the device. Every image has its own parameters, but the order
@@ -23,8 +23,8 @@ Differences from the paper:
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
 - A folder's crops are cut, not antialiased, from images resized once (large JPEGs by `draft`).
 - g's last batch norm has no scale and shift, as in the authors' code (SimSiam's builder.py).
-- The defaults are CIFAR's at any size, 200 epochs of SimSiam's 800; for ImageNet g has three
-  layers, lr 0.05, weight decay 1e-4. SimSiam's h keeps its rate from Sec. 4.2 on: --fix-pred-lr.
+- The defaults are CIFAR's at any size, 200 epochs of SimSiam's 800; its ImageNet has a g of
+  three layers, lr 0.05, weight decay 1e-4. From Sec. 4.2 on its h keeps its rate: --fix-pred-lr.
 """
 # SPDX-License-Identifier: MIT
 # Shared sections are one text in all four scripts, but for what stands in <method> fences.
@@ -173,7 +173,7 @@ def train(args):
     network = wrap(model, Model.sync_bn, args.compile, device)
     monitor = partial(knn_monitor, model.f, data, args, local_batch, autocast)
     if record is None:
-        record = {"epoch": 0, **monitor()}  # the untrained network
+        record = {"epoch": 0, **monitor()}  # before training
         save_epoch(log, record, args, model, optimizer, data)
 
     for epoch in range(record["epoch"] + 1, args.epochs + 1):
@@ -450,7 +450,7 @@ def parse_args(argv=None):
     add("--data-dir", default="data", help="the images, or where CIFAR is downloaded to")
     add("--cache-dir", help="for a folder's decoded images (default: in --data-dir)")
     add("--skip-broken", action="store_true", help="go on without files that cannot be read")
-    add("--max-pixels", type=number(int, 1, 10**12), help="refuse larger (default: Pillow's)")
+    add("--max-pixels", type=number(int, 1, 10**12), help="refuse larger; default: 179 million")
     add("--image-size", type=number(int, 8, 4096), help="pixels (default: 32, folder 224)")
     add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
         help="threads that gather training images that do not fit on the device")
@@ -477,7 +477,7 @@ def parse_args(argv=None):
     add("--save-views", metavar="PNG", help="draw eight images and their views first")
     add = parser.add_argument_group("monitor").add_argument
     add("--knn-every", type=number(int, 1, 10**6), default=5,
-        help="epochs between two kNN accuracies, which the first and the last have too")
+        help="epochs between two kNN accuracies; also before training and at the end")
     add("--knn-k", type=number(int, 1, 10**6), default=200, help="neighbours [MoCo demo]")
     add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
         help="temperature of a neighbour's vote [MoCo CIFAR demo]")
