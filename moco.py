@@ -159,7 +159,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 class Model(nn.Module):
-    """f, g, f_k, g_k, queue; base_encoder() makes a backbone that has `num_features`."""
+    """The networks; base_encoder() makes a backbone that has `num_features`."""
 
     sync_bn = False  # the statistics of one batch would give the answer away [MoCo Sec. 3.3]
 
@@ -236,8 +236,7 @@ def train(args):
     lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
     # <method>
     if args.queue > count - args.batch_size:
-        fail(f"--queue plus --batch-size is more than the {count} images: some would be their own "
-             "negatives")
+        fail(f"--queue plus --batch-size is more than the {count} images: lower either")
     parts = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parts, lr, args.sgd_momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
