@@ -423,7 +423,7 @@ def load_backbone(f, weights):
     try:
         f.load_state_dict({key: x for key, x in weights.items() if not key.startswith("fc.")})
     except (AttributeError, RuntimeError) as problem:
-        raise UserError("these are weights of another network (arch, width or stem): "
+        raise UserError("weights of another network (compare --arch; in training --width, --stem): "
                         f"{str(problem)[:600]}") from None
 
 

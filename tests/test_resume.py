@@ -436,7 +436,7 @@ def test_init_refuses_other_networks_and_files(flags, whole_runs, capsys, tmp_pa
     source = str(whole_runs(simsiam)[0] / "checkpoint.pt")
     (tmp_path / "text.pt").write_text("no weights")
     for init, more, words in (
-            (source, ["--width", "0.5"], ["weights of this network", "--width", "conv1"]),
+            (source, ["--width", "0.5"], ["weights of another network", "--width", "conv1"]),
             (source, ["--arch", "resnet34"], ["--arch", "layer1.2"]),
             (str(tmp_path / "none.pt"), [], ["there is no", "none.pt"]),
             (str(tmp_path / "text.pt"), [], ["text.pt is not a file of weights"])):
