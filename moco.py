@@ -254,7 +254,7 @@ def train(args):
         order = order[:steps * args.batch_size].view(steps, world, local_batch)
         order = order[:, rank].flatten()  # this process's images
         torch.manual_seed(seed + rank * 10**16)  # no two processes draw the same views
-        losses, stds = torch.zeros(2, steps, device=device)
+        losses, stds = both = torch.zeros(2, steps, device=device)
         start = time.perf_counter()
         model.train()
         images = batches(data.train_images, order, local_batch, device, args.workers)
@@ -281,8 +281,7 @@ def train(args):
             # </method>
             losses[step], stds[step] = loss.detach(), std
         if world > 1:
-            for value in (losses, stds):
-                dist.all_reduce(value.div_(world))
+            dist.all_reduce(both.div_(world))
             for value in model.buffers():  # running statistics, where each process has its own
                 dist.broadcast(value, 0)
         losses = losses.cpu()  # the epoch's one wait for the device
