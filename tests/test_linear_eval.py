@@ -548,6 +548,17 @@ def test_an_export_that_torchvision_cannot_load_says_what_can(run, tmp_path, cap
     eval(call, {"resnet": common.resnet}).load_state_dict(torch.load(tmp_path / "b.pth"))
 
 
+def test_an_export_is_judged_alike_by_the_mean_and_std_of_its_results(run, folder, tmp_path):
+    """As README says: the data and both statistics are typed again, from the JSON."""
+    end = judge(run(), "--epochs", 9, "--out", tmp_path, "--export", tmp_path / "b.pth")
+    used = the_file(tmp_path)
+    typed = [word for key in ("mean", "std") for word in (f"--{key}", *used[key])]
+    data = ["--dataset", "folder", "--data-dir", folder, "--image-size", 16, "--epochs", 9]
+    again = judge(tmp_path / "b.pth", *data, *typed, "--out", tmp_path / "again")
+    assert again == end and the_file(tmp_path / "again")["mean"] == used["mean"]
+    assert used["mean"] == torch.load(run(), weights_only=True)["mean"].tolist()
+
+
 # ------------------------------------------------------------------------------ pictures
 def pixels(path):
     return torchvision.transforms.functional.pil_to_tensor(default_loader(str(path)))
