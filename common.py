@@ -158,8 +158,7 @@ def _scan(root):
                 if name in Image.OPEN and name not in STUBS}
     certain = [name for name, (_, start) in Image.OPEN.items() if start and name not in STUBS]
 
-    def opens(path):
-        """Whether its first bytes are those of an image."""
+    def opens(path):  # whether its first bytes are those of an image
         with suppress(Exception), Image.open(path, formats=certain):
             return True
 
@@ -515,8 +514,7 @@ def load_checkpoint(path, method=None, args=None, data=None):
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except Exception as problem:  # a damaged file raises whatever the unpickler meets
-        kind, cause = re.search(r"GLOBAL (\S+)", str(problem)), type(problem).__name__
-        start = b""
+        kind, cause, start = re.search(r"GLOBAL (\S+)", str(problem)), type(problem).__name__, b""
         with suppress(OSError), open(path, "rb") as file:
             start = file.read(10)
         if kind:
@@ -542,6 +540,8 @@ def load_checkpoint(path, method=None, args=None, data=None):
 
 def save_checkpoint(path, state):
     """Write a temporary file, then rename it: a kill at any moment leaves a whole checkpoint."""
+    if not all(x.isfinite().all() for x in state.get("model", {}).values()):
+        raise UserError(f"the weights are not finite: try a lower --lr; {path} stays as it was")
     part = path.with_suffix(".tmp")
     try:
         with open(part, "wb") as file:

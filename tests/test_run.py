@@ -390,6 +390,21 @@ def test_a_non_finite_loss_stops_the_run(flags, tmp_path, capsys, monkeypatch):
     assert [line["epoch"] for line in read_log(tmp_path / "run")[1]] == [0, 1]
 
 
+def test_weights_that_the_last_step_broke_are_not_saved(
+        flags, rates, tmp_path, capsys, monkeypatch):
+    """No loss of the epoch shows it: the last good checkpoint stays."""
+    step = torch.optim.SGD.step
+
+    def breaking(self, *args, **more):
+        step(self, *args, **more)
+        if len(rates) == 10:
+            self.param_groups[1]["params"][0].data[0] = math.inf
+    monkeypatch.setattr(torch.optim.SGD, "step", breaking)
+    refused(capsys, simsiam, flags(simsiam), "not finite", "--lr", "checkpoint.pt stays")
+    saved = load(tmp_path / "run")
+    assert saved["epoch"] == 1 and all(x.isfinite().all() for x in saved["model"].values())
+
+
 def test_other_errors_stay_whole(flags, monkeypatch):
     monkeypatch.setattr(simsiam, "normalize", lambda *args: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError):
