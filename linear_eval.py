@@ -389,8 +389,8 @@ def main(argv=None):
         bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
         autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
         weights, saved = read_weights(args.checkpoint, args.prefix)
-        channels, _, kernel, _ = weights["conv1.weight"].shape
-        pretrain = {**FOREIGN, "width": channels / 64, **saved.get("args", {})}
+        kernel, widest = weights["conv1.weight"].shape[2], weights.get("layer4.0.conv1.weight", ())
+        pretrain = {**FOREIGN, "width": len(widest) / 512 or 1, **saved.get("args", {})}
         arch, width = args.arch or pretrain["arch"], pretrain["width"]
         stem = "cifar" if kernel == 3 else "imagenet"
         f, before = resnet(arch, width, stem), "pre-trained backbone"

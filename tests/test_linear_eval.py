@@ -449,6 +449,8 @@ def test_the_width_of_foreign_weights_is_read_off_them(folder, tmp_path, capsys)
     judge(tmp_path / "w.pth", "--dataset", "folder", "--data-dir", folder, "--image-size", 32,
           "--export", tmp_path / "b.pth")
     assert "resnet('resnet18', 0.25, 'imagenet')" in capsys.readouterr().err
+    torch.save(common.resnet("resnet18", 0.3, "imagenet").state_dict(), tmp_path / "w.pth")
+    judge(tmp_path / "w.pth", "--dataset", "folder", "--data-dir", folder, "--image-size", 32)
 
 
 def test_foreign_weights_run_with_imagenet_statistics(resnet18, folder, tmp_path):
