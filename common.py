@@ -533,8 +533,8 @@ def load_checkpoint(path, method=None, args=None, data=None):
     changed = [f"{key} was {theirs[key]} and is {value}" for key, value in ours.items()
                if key not in free and theirs.get(key, value) != value]
     if changed:
-        raise UserError(f"{path} was made with other settings: {', '.join(changed)}; a new run may "
-                        f"begin with its weights: --init {path} and another --out")
+        raise UserError(f"{path} was made with other settings: {', '.join(changed)}; give those or "
+                        f"begin a new run with its weights: --init {path} and another --out")
     return saved
 
 
