@@ -26,8 +26,7 @@ Differences from the paper:
 - A folder's crops are cut, not antialiased, from images resized once (large JPEGs by `draft`).
 - The recipe is the authors' Colab demo's, but for the head, linear there: the symmetric loss is
   a sum, its keys enter the queue together after both; ShuffleBN on one GPU by 8 splits.
-- The defaults are CIFAR's at any size; for ImageNet v2 has crops from 0.2, tau 0.2, m 0.999,
-  decay 1e-4 and K 65536.
+- CIFAR's defaults; v2's on ImageNet: crops from 0.2, tau 0.2, m 0.999, decay 1e-4, K 65536.
 """
 # SPDX-License-Identifier: MIT
 # Shared sections are one text in all four scripts, but for what stands in <method> fences.
@@ -66,11 +65,10 @@ def add_recipe(parser):
     add("--sgd-momentum", type=number(float, 0, 1), default=0.9,
         help="[SimSiam App. D, MoCo CIFAR demo]")
     add("--warmup-epochs", type=number(int, 0, 10**6), default=0,
-        help="linear; none is stated [SimSiam App. D, MoCo CIFAR demo]")
+        help="linear [none: SimSiam App. D, MoCo CIFAR demo; 10: PatrickHua/SimSiam]")
     add("--tau", type=number(float, 1e-3, 1e3), default=0.1, help="[MoCo CIFAR demo]")
     add("--m", type=number(float, 0, 1), default=0.99, help="of Eq. 2 [MoCo CIFAR demo]")
-    add("--queue", type=number(int, 1, 10**9), default=4096,
-        help="keys K in the queue [MoCo CIFAR demo]")
+    add("--queue", type=number(int, 1, 10**9), default=4096, help="keys K [MoCo CIFAR demo]")
     add("--proj-layers", type=number(int, 1, 10), default=2,
         help="layers of the head: 1 is v1's, 2 v2's [MoCo v2 Sec. 3]")
     add("--symmetric", action=argparse.BooleanOptionalAction, default=True,
@@ -82,7 +80,7 @@ def add_recipe(parser):
 def check_recipe(args):
     """End settings that exclude each other in one line."""
     if args.warmup_epochs >= args.epochs:
-        fail(f"--warmup-epochs {args.warmup_epochs} is all of --epochs {args.epochs}")
+        fail(f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     world = processes().world
     splits = max(1, args.bn_splits // world) * world
     if args.batch_size % splits or args.batch_size == splits:
@@ -116,8 +114,7 @@ def info_nce(q, k, queue, tau):
         q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
         positive = (q * k).sum(1, keepdim=True)  # (B, 1)
         logits = torch.cat([positive, q @ queue.float().T], 1) / tau  # (B, 1 + K)
-        # Class 0 is the right one: the positive stands first in every row.
-        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+        return -logits.log_softmax(1)[:, 0].mean()  # the positive stands first in every row
 
 
 @torch.no_grad()

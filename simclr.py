@@ -77,7 +77,7 @@ def add_recipe(parser):
 def check_recipe(args):
     """End settings that exclude each other in one line."""
     if args.warmup_epochs >= args.epochs:
-        fail(f"--warmup-epochs {args.warmup_epochs} is all of --epochs {args.epochs}")
+        fail(f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
 
 
 # =================== 2. Views (method) ===================

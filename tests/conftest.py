@@ -15,7 +15,9 @@ from torchvision.transforms.functional import to_pil_image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ("simclr", "moco", "simsiam", "simsiam_logo")
-OWN = {"moco": ["--queue", "24", "--bn-splits", "2"]}  # what fits the 40 images of `folder`
+OWN = {  # what fits two epochs of the 40 images of `folder`
+    "moco": ["--queue", "24", "--bn-splits", "2"],
+    "simsiam": ["--warmup-epochs", "0"], "simsiam_logo": ["--warmup-epochs", "0"]}
 
 
 def picture(h=20, w=20, mode="RGB", seed=0):

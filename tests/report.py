@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 REFERENCE = ROOT / "tests" / "reference"
 FOLDERS = {
-    "headline": "What do the defaults reach in 200 epochs on CIFAR-10?",
+    "headline": "What do the defaults, today's or earlier ones, reach in 200 epochs on CIFAR-10?",
     "few_epochs": "Does kNN rise within minutes on a CPU? (This does not rank the methods.)",
     "distillation": "SimCLR v2's three steps on a CPU: does a student beat its teacher? (PLAN.md)",
     "ablations/simsiam_schedule": "Which schedule ends higher, after 30 epochs at a quarter of the "
@@ -62,7 +62,7 @@ def method(path, header):
 
 
 def command(name, args):
-    """What was typed, but for places and what changes nothing but how often there is a kNN."""
+    """What to type today, but for places and what changes nothing but how often there is a kNN."""
     defaults = vars(importlib.import_module(name).parse_args([]))
     places = ("out", "seed", "workers", "cache_dir", "resume", "overwrite", "save_views", "device",
               "knn_every")
@@ -113,8 +113,9 @@ def runs(folder):
 def results():
     """RESULTS.md."""
     out = ["# Results", "", "Made by `python tests/report.py` from the logs in these folders: kNN "
-           "in percent after the last epoch, mean (lowest-highest) over seeds. Minutes as logged: "
-           "on a CPU with other work on the machine and pauses.", ""]
+           "in percent after the last epoch, mean (lowest-highest) over seeds. Commands are for "
+           "today's defaults, not for those of the commit beside them. Minutes as logged: on a CPU "
+           "with other work on the machine and pauses.", ""]
     for folder, question in FOLDERS.items():
         groups = runs(folder)
         if not groups:
@@ -171,34 +172,48 @@ def few_labels(folder):
 
 
 def mark(path):
-    """What a number is followed by if its run read the lossy copy of the data."""
-    return " (JPEG copy)" if path.stem.endswith("_jpeg") else ""
+    """What follows a number of `headline`: earlier defaults, a lossy copy of the data."""
+    header, _ = read(path)
+    parser = argparse.ArgumentParser()
+    importlib.import_module(method(path, header)).add_recipe(parser)
+    recipe = vars(parser.parse_args([]))
+    earlier = any(header["args"].get(key) != value for key, value in recipe.items())
+    notes = ["earlier defaults"] * earlier + ["JPEG copy"] * path.stem.endswith("_jpeg")
+    return f" ({', '.join(notes)})" if notes else ""
+
+
+def headline():
+    """Method to its runs of 200 epochs; those by today's defaults, if there are any."""
+    groups = sorted(runs("headline").items(), key=lambda item: not mark(item[1][0][0]))
+    return {name: group for (name, _), group in groups}
 
 
 def table():
     """README's table of the methods."""
     out = ["| method | what keeps the constant solution away | kNN here | published | linear here "
            "| minutes | command |", "|---|---|---|---|---|---|---|"]
-    judged = {}
-    for path in sorted((REFERENCE / "headline").glob("linear_eval_*.jsonl")):
-        record = json.loads(path.read_text().splitlines()[0])
-        judged[record["method"]] = f"{record['top1']:.1f}{mark(path)}"
-    found = {name: group for (name, _), group in runs("headline").items()}
+    found = headline()
     for name, (idea, published, source) in METHODS.items():
-        knn = took = "-"
+        knn = took = linear = "-"
         if name in found:
             ends, (path, header, _) = [last(epochs) for _, _, epochs in found[name]], found[name][0]
             device = re.sub(r"NVIDIA | 80GB HBM3", "", header["device"])
             knn = f"{spread(ends)}{mark(path)}"
             took = f"{spread([minutes(e) for _, _, e in found[name]], 0)} ({device})"
+            judge = path.with_name(f"linear_eval_{path.name}")
+            if judge.exists():
+                linear = f"{json.loads(judge.read_text().splitlines()[0])['top1']:.1f}{mark(path)}"
         out.append(f"| `{name}.py` | {idea} | {knn} | {published}: {source} | "
-                   f"{judged.get(name, '-')} | {took} | `python {name}.py` |")
+                   f"{linear} | {took} | `python {name}.py` |")
     return "\n".join(out)
 
 
 def svg(curves, dashed=()):
     """Curves (label, color, [(epoch, kNN)]) and dashed lines (label, color, kNN) as plain SVG."""
-    width, height, left, bottom, right = 760, 400, 46, 40, 210
+    names = [f"{label} {points[-1][1]:.1f}" for label, _, points in curves] + [
+        f"{label} {knn:.1f}" for label, _, knn in dashed]
+    left, bottom, right = 46, 40, 32 + 7 * max(map(len, names))
+    width, height = 550 + right, 400
     epochs = max(epoch for *_, points in curves for epoch, _ in points)
     values = [knn for *_, points in curves for _, knn in points] + [knn for *_, knn in dashed]
     low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
@@ -244,8 +259,8 @@ def curve(epochs):
 
 def headline_svg():
     """The 200-epoch runs and what is published for them."""
-    found = {name: group for (name, _), group in runs("headline").items()}
-    curves = [(group[0][0].stem.replace("_jpeg", ", JPEG copy"), COLORS[name], curve(group[0][2]))
+    found = headline()
+    curves = [(name + mark(group[0][0]), COLORS[name], curve(group[0][2]))
               for name, group in found.items()]
     dashed = [(f"{name}, published", COLORS[name], float(METHODS[name][1].split("-")[-1]))
               for name in found]

@@ -53,7 +53,7 @@ def test_wrong_flags_end_in_one_line(name, flags, capsys, tmp_path, monkeypatch)
 @pytest.mark.parametrize("flags, words", [
     ("--epochs 2.5", "whole number"), ("--lr fast", "number value"), ("--arch vgg", "resnet18"),
     ("--dataset mnist", "shapes"), ("--lr 0", "not from 1e-08 to 1000"),
-    ("--epochs 5 --warmup-epochs 5", "--warmup-epochs 5 is all of --epochs 5"),
+    ("--epochs 5 --warmup-epochs 5", "--warmup-epochs 5 must be below --epochs 5"),
     ("--resume --overwrite", "exclude")])
 def test_the_line_says_what_would_do(flags, words, capsys):
     refused(capsys, simsiam, flags.split(), words)

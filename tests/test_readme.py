@@ -130,6 +130,7 @@ def test_commands_run(command, home, tmp_path, monkeypatch):
         return  # test_report_draws_a_users_runs
     name, argv = words[1].removesuffix(".py"), words[2:]
     module = importlib.import_module(name)
+    module.parse_args(argv)  # as it stands: a refusal that OWN's flags would hide
     small = [*SMALL[:2], *SMALL[4:]] if name == "linear_eval" else SMALL  # it knows the width
     monkeypatch.setattr(module, "load_dataset", few_images)
     final = module.main([*argv, *small, *OWN.get(name, []), "--out", str(tmp_path)])

@@ -134,7 +134,7 @@ def test_resume_refuses_other_settings(flags, finished, capsys, tmp_path):
     checkpoint = tmp_path / "run/checkpoint.pt"
     before = checkpoint.read_bytes(), (tmp_path / "run/log.jsonl").read_bytes()
     refused(capsys, simsiam, flags(simsiam, "--resume", "--lr", "0.5", "--seed", "7"),
-            "lr was 0.03 and is 0.5", "seed was 0 and is 7", f"--init {checkpoint}", "--out")
+            "lr was 0.06 and is 0.5", "seed was 0 and is 7", f"--init {checkpoint}", "--out")
     assert before == (checkpoint.read_bytes(), (tmp_path / "run/log.jsonl").read_bytes())
     torch.save({**load(tmp_path / "run"), "method": "byol"}, checkpoint)
     refused(capsys, simsiam, flags(simsiam, "--resume"), "method was byol and is simsiam")

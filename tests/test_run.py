@@ -50,13 +50,15 @@ def rates(monkeypatch):
     return seen
 
 
-def test_the_optimizer_follows_the_schedule(flags, rates):
-    """Every step's rate, scaled by batch / 256, warmup included; the predictor's where asked."""
-    simsiam.main(flags(simsiam, "--lr", "0.5", "--warmup-epochs", "1", "--fix-pred-lr"))
+@pytest.mark.parametrize("more, fixed", [([], True), (["--no-fix-pred-lr"], False)])
+def test_the_optimizer_follows_the_schedule(flags, rates, more, fixed):
+    """Every step's rate, scaled by batch / 256, warmup included; the predictor's is constant."""
+    simsiam.main(flags(simsiam, "--lr", "0.5", "--warmup-epochs", "1", *more))
     base = 0.5 * 8 / 256
     expected = [simsiam.learning_rate(step, 10, base, 5) for step in range(10)]
     assert [first for first, _ in rates] == pytest.approx(expected)
-    assert [predictor for _, predictor in rates] == [base] * 10
+    assert [predictor for _, predictor in rates] == ([base] * 10 if fixed
+                                                     else pytest.approx(expected))
 
 
 def test_the_optimizer_has_the_recipes_numbers(script, whole_runs):
@@ -167,7 +169,9 @@ def test_logo_descends_logo_loss_and_the_affinitys(flags, rates, monkeypatch):
         "--affinity-lr", "0.5", "--no-stop-gradient"))
     assert end["loss"] == pytest.approx(-11)
     assert given == [(4, 4, (8,), 0.25, False)] * 5
-    assert [step[2] for step in rates] == [0.5 * 8 / 256] * 5
+    encoder = [simsiam_logo.learning_rate(step, 5, 0.06 * 8 / 256) for step in range(5)]
+    assert [step[0] for step in rates] == pytest.approx(encoder)
+    assert [step[1:] for step in rates] == [[0.06 * 8 / 256, 0.5 * 8 / 256]] * 5
     before, after = states
     moved = {name for name in before if not before[name].equal(after[name])}
     moved = {name for name in moved if "running" not in name and "num_batches" not in name}
@@ -347,8 +351,8 @@ def test_without_stop_gradient_the_output_collapses(tmp_path, monkeypatch):
     monkeypatch.setattr(simsiam, "save_checkpoint", lambda path, state: None)
     for word, collapsed in (("--stop-gradient", False), ("--no-stop-gradient", True)):
         simsiam.main(["--dataset", "shapes", "--image-size", "8", "--width", "0.25",
-                      "--epochs", "8", "--lr", "4", "--batch-size", "64", "--device", "cpu",
-                      "--out", str(tmp_path / word), word])
+                      "--epochs", "8", "--warmup-epochs", "0", "--lr", "4", "--batch-size", "64",
+                      "--device", "cpu", "--out", str(tmp_path / word), word])
         epochs = read_log(tmp_path / word)[1][1:]
         loss, std = (min(line[key] for line in epochs) for key in ("loss", "std"))
         if collapsed:
