@@ -25,7 +25,8 @@ FOLDERS = {
     "few_epochs": "Does kNN rise within minutes on a CPU? (This does not rank the methods.)",
     "distillation": "SimCLR v2's three steps on a CPU: does a student beat its teacher? (PLAN.md)",
     "ablations/simsiam_schedule": "Which schedule ends higher, after 30 epochs at a quarter of the "
-                                  "width? (PLAN.md; arms a, b, ... as there)"}
+                                  "width? (PLAN.md; arms a, b, ... as there)",
+    "ablations/logo_weights": "How are LoGo's terms best weighed? (PLAN.md, part 2; begun)"}
 METHODS = {  # idea, published kNN at 200 epochs and batch 512, its source
     "simclr": ("all other views of the batch are negatives", "82.8-84.8",
                "[lightly](https://docs.lightly.ai/self-supervised-learning/getting_started/"
