@@ -1,4 +1,4 @@
-"""SimSiam. CIFAR-10, 200 epochs, 6 minutes: not measured yet; lr 0.03 had 76.0 % kNN, lightly 81.7.
+"""SimSiam. CIFAR-10, 200 epochs, 6 min (H100): not measured yet; lr 0.03: 76.0 % kNN, lightly 81.7.
 
 Reference implementation, made to be read from the top, diffed and copied (with common.py), of
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021, arXiv 2011.10566.

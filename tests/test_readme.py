@@ -1,6 +1,7 @@
 """README: its commands and snippets run as they stand, its numbers are made from the logs."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from torchvision import models
 import common
 import report
 import simclr
+import simsiam
 from conftest import OWN, ROOT, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
@@ -37,6 +39,15 @@ def test_report_changes_nothing(tmp_path, monkeypatch):
     report.main([])
     for name in made:
         assert "66.7" in (copy / name).read_text(), name
+    header, epochs = log.read_text().split("\n", 1)
+    header = json.loads(header)
+    header["args"].update(vars(simsiam.parse_args([])))
+    today = json.dumps(header) + "\n" + epochs.replace('"knn": 66.66', '"knn": 55.55')
+    log.with_name("simsiam.jsonl").write_text(today)
+    report.main([])
+    row = re.search(r"(?m)^\| `simsiam.py` .*", (copy / "README.md").read_text())[0]
+    assert "| 55.5 |" in row or "| 55.6 |" in row  # a run by today's defaults, unmarked
+    assert "earlier defaults" not in row and "66.7" not in row
 
 
 def test_report_draws_a_users_runs(tmp_path, capsys):
