@@ -26,7 +26,8 @@ FOLDERS = {
     "distillation": "SimCLR v2's three steps on a CPU: does a student beat its teacher? (PLAN.md)",
     "ablations/simsiam_schedule": "Which schedule ends higher, after 30 epochs at a quarter of the "
                                   "width? (PLAN.md; arms a, b, ... as there)",
-    "ablations/logo_weights": "How are LoGo's terms best weighed? (PLAN.md, part 2; begun)"}
+    "ablations/logo_weights": "How are LoGo's terms best weighed? (PLAN.md, amendment 9; arms f, g, "
+                              "... as there; f30: five epochs of f by part 2)"}
 METHODS = {  # idea, published kNN at 200 epochs and batch 512, its source
     "simclr": ("all other views of the batch are negatives", "82.8-84.8",
                "[lightly](https://docs.lightly.ai/self-supervised-learning/getting_started/"
@@ -100,14 +101,15 @@ def spread(values, digits=1):
 
 
 def runs(folder):
-    """The logs of a folder that are of one command, seeds apart: (name, command) to a list."""
+    """The logs of a folder of one arm and command, seeds apart: (name, arm, command) to a list."""
     groups = {}
     for path in sorted((REFERENCE / folder).glob("*.jsonl")):
         if path.name.startswith("linear_eval"):
             continue
         header, epochs = read(path)
         name = method(path, header)
-        groups.setdefault((name, command(name, header["args"])), []).append((path, header, epochs))
+        key = (name, path.stem.split("_seed")[0], command(name, header["args"]))
+        groups.setdefault(key, []).append((path, header, epochs))
     return groups
 
 
@@ -124,12 +126,14 @@ def results():
         out += [f"## {folder}", "", question, "",
                 "| command | seeds | epochs | kNN | std | minutes | device | commit | logs |",
                 "|---|---|---|---|---|---|---|---|---|"]
-        for (_, typed), found in groups.items():
+        for (_, arm, typed), found in groups.items():
+            patch = REFERENCE / folder / f"{arm}.patch"  # what the arm changes in the script
             ends = [epochs[-1] for _, _, epochs in found]
             total = found[0][1]["args"]["epochs"]
             done = "/".join(sorted({str(end["epoch"]) for end in ends}))
             cells = [
-                f"`{typed}`", " ".join(str(header["args"]["seed"]) for _, header, _ in found),
+                f"`{typed}`" + f" with {patch.name}" * patch.exists(),
+                " ".join(str(header["args"]["seed"]) for _, header, _ in found),
                 str(total) if done == str(total) else f"{done} of {total}: unfinished",
                 spread([last(epochs) for _, _, epochs in found]),
                 spread([end["std"] for end in ends], 2),
@@ -186,7 +190,7 @@ def mark(path):
 def headline():
     """Method to its runs of 200 epochs; those by today's defaults, if there are any."""
     groups = sorted(runs("headline").items(), key=lambda item: not mark(item[1][0][0]))
-    return {name: group for (name, _), group in groups}
+    return {name: group for (name, *_), group in groups}
 
 
 def table():

@@ -48,6 +48,13 @@ def test_report_changes_nothing(tmp_path, monkeypatch):
     row = re.search(r"(?m)^\| `simsiam.py` .*", (copy / "README.md").read_text())[0]
     assert "| 55.5 |" in row or "| 55.6 |" in row  # a run by today's defaults, unmarked
     assert "earlier defaults" not in row and "66.7" not in row
+    arm = copy / "tests/reference/ablations/logo_weights/simsiam_logo_f30_seed0.jsonl"
+    shutil.copy(arm, arm.with_name("simsiam_logo_edit_seed0.jsonl"))  # by the same command
+    arm.with_name("simsiam_logo_edit.patch").touch()
+    report.main([])
+    rows = [line for line in (copy / made[1]).read_text().splitlines() if "f30_seed0" in line
+            or "edit_seed0" in line]
+    assert [row.count("with simsiam_logo_edit.patch") for row in rows] == [1, 0]
 
 
 def test_report_draws_a_users_runs(tmp_path, capsys):
