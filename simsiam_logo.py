@@ -29,7 +29,7 @@ Differences from the paper:
 - The learning rate moves every step, not every epoch: the same cosine without its stairs.
 - A folder's crops are cut, not antialiased, from images resized once (large JPEGs by `draft`).
 - g's last batch norm has no scale and shift, as in the authors' code (SimSiam's builder.py).
-- 200 epochs, not 800, at twice the rate; f, g warm up, h has one rate (SimSiam Sec. 4.2).
+- 200 epochs, not SimSiam's 800, at twice its rate; f, g warm up, h has one rate (its Sec. 4.2).
   Measured on SimSiam alone, width 0.25, 30 epochs, 3 of warmup: kNN 55.3 %, before 41.8.
 - CIFAR's defaults at any size; ImageNet's: lr 0.05, no warmup, decay 1e-4, 3 layers in g.
 - The paper adds L_lg's four terms; here it is their mean, which the authors' code counts twice.

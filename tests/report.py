@@ -26,8 +26,8 @@ FOLDERS = {
     "distillation": "SimCLR v2's three steps on a CPU: does a student beat its teacher? (PLAN.md)",
     "ablations/simsiam_schedule": "Which schedule ends higher, after 30 epochs at a quarter of the "
                                   "width? (PLAN.md; arms a, b, ... as there)",
-    "ablations/logo_weights": "How are LoGo's terms best weighed? (PLAN.md, amendment 9; arms f, g, "
-                              "... as there; f30: five epochs of f by part 2)"}
+    "ablations/logo_weights": "How are LoGo's terms best weighed? (PLAN.md, amendment 9; arms f, "
+                              "g, ... as there; f30: five epochs of f by part 2)"}
 METHODS = {  # idea, published kNN at 200 epochs and batch 512, its source
     "simclr": ("all other views of the batch are negatives", "82.8-84.8",
                "[lightly](https://docs.lightly.ai/self-supervised-learning/getting_started/"
@@ -116,9 +116,10 @@ def runs(folder):
 def results():
     """RESULTS.md."""
     out = ["# Results", "", "Made by `python tests/report.py` from the logs in these folders: kNN "
-           "in percent after the last epoch, mean (lowest-highest) over seeds. Commands are for "
-           "today's defaults, not for those of the commit beside them. Minutes as logged: on a CPU "
-           "with other work on the machine and pauses.", ""]
+           "in percent after the last epoch, of a run cut short after the last that has one, mean "
+           "(lowest-highest) over seeds. Commands are for today's defaults, not for those of the "
+           "commit beside them. Minutes as logged: on a CPU with other work on the machine and "
+           "pauses.", ""]
     for folder, question in FOLDERS.items():
         groups = runs(folder)
         if not groups:
