@@ -511,6 +511,8 @@ def load_checkpoint(path, method=None, args=None, data=None):
             return saved
         theirs = {**saved["args"], "method": saved["method"], "images": saved["images"],
                   "mean of the pixels": [round(x, 4) for x in saved["mean"].tolist()]}
+        if "warmup_epochs" in theirs:  # checkpoints of earlier versions
+            theirs["warmup"] = theirs.pop("warmup_epochs") / theirs["epochs"]
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except Exception as problem:  # a damaged file raises whatever the unpickler meets

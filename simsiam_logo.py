@@ -73,8 +73,9 @@ def add_recipe(parser):
         help="of all parameters [SimSiam App. D, MoCo CIFAR demo]")
     add("--sgd-momentum", type=number(float, 0, 1), default=0.9,
         help="[SimSiam App. D, MoCo CIFAR demo]")
-    add("--warmup-epochs", type=number(int, 0, 10**6), default=10,
-        help="linear [none: SimSiam App. D, MoCo CIFAR demo; 10: PatrickHua/SimSiam]")
+    add("--warmup", type=share, default=0.05,
+        help="share of all steps in which the learning rate rises linearly; 0.05 is 10 of 200 "
+             "epochs [PatrickHua/SimSiam; none: SimSiam App. D]")
     add("--pred-dim", type=number(int, 1, 10**6), default=512,
         help="hidden units of the predictor, a quarter of z's 2048 [SimSiam Sec. 3]")
     add("--fix-pred-lr", action=argparse.BooleanOptionalAction, default=True,
@@ -93,9 +94,7 @@ def add_recipe(parser):
 
 
 def check_recipe(args):
-    """End settings that exclude each other in one line."""
-    if args.warmup_epochs >= args.epochs:
-        fail(f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+    """Exit with a one-line error if flags contradict each other."""
     for low, high in (args.global_scale, args.local_scale):
         if low > high:
             fail(f"--global-scale, --local-scale: {low} {high} has its low end last")
@@ -222,6 +221,7 @@ def train(args):
     optimizer = torch.optim.SGD(parts, lr, args.sgd_momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
     # </method>
+    knn_every = args.knn_every or max(1, args.epochs // 40)
     log, record = open_run(args, data, model, optimizer, lr)  # locks --out, resumes
     network = wrap(model, Model.sync_bn, args.compile, device)
     monitor = partial(knn_monitor, model.f, data, args, local_batch, autocast)
@@ -241,7 +241,7 @@ def train(args):
         images = batches(data.train_images, order, local_batch, device, args.workers)
         for step, x in enumerate(with_progress(images, epoch, steps)):
             rate = learning_rate((epoch - 1) * steps + step, args.epochs * steps, lr,
-                                 args.warmup_epochs * steps)
+                                 round(args.warmup * args.epochs * steps))
             for group in optimizer.param_groups:
                 group["lr"] = group.get("fixed_lr", rate)
             optimizer.zero_grad()
@@ -270,7 +270,7 @@ def train(args):
         record = {"epoch": epoch, "loss": losses.mean().item(), "std": stds.mean().item(),
                   "lr": rate, "views_s": steps * args.batch_size * len(views) / seconds,
                   "seconds": seconds}
-        if epoch % args.knn_every == 0 or epoch == args.epochs:
+        if epoch % knn_every == 0 or epoch == args.epochs:
             record |= monitor()
         save_epoch(log, record, args, model, optimizer, data)
     if world > 1:
@@ -492,6 +492,15 @@ def number(kind, low, high):
     return parse
 
 
+def share(text):
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not from 0 to 1: give a share of all steps, 0.05 for 10 of 200 epochs")
+    return value
+
+
 def parse_args(argv=None):
     """Read the flags, check all that needs no data; end what is wrong in one line, status 2."""
     parser = argparse.ArgumentParser(
@@ -530,8 +539,9 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--save-views", metavar="PNG", help="draw eight images and their views first")
     add = parser.add_argument_group("monitor").add_argument
-    add("--knn-every", type=number(int, 1, 10**6), default=5,
-        help="epochs between two kNN accuracies; also before training and at the end")
+    add("--knn-every", type=number(int, 1, 10**6),
+        help="epochs between two kNN accuracies; also before training and at the end "
+             "(default: a fortieth of the epochs, at least 1)")
     add("--knn-k", type=number(int, 1, 10**6), default=200, help="neighbours [MoCo demo]")
     add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
         help="temperature of a neighbour's vote [MoCo CIFAR demo]")

@@ -84,7 +84,7 @@ def train(module, args, data, device, *more):
     """The metrics of the last of three epochs of `main` on this data."""
     module.load_dataset = lambda *a: data
     queue = str(min(4096, len(data.train_images) - args.batch_size))
-    own = ["--warmup-epochs", "0", *(["--queue", queue] if args.method == "moco" else [])]
+    own = ["--warmup", "0", *(["--queue", queue] if args.method == "moco" else [])]
     with tempfile.TemporaryDirectory() as out:
         return module.main([
             "--dataset", "shapes", "--width", str(args.width), "--epochs", "3", "--device", device,

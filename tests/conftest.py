@@ -16,8 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ("simclr", "moco", "simsiam", "simsiam_logo")
 OWN = {  # what fits two epochs of the 40 images of `folder`
-    "moco": ["--queue", "24", "--bn-splits", "2"],
-    "simsiam": ["--warmup-epochs", "0"], "simsiam_logo": ["--warmup-epochs", "0"]}
+    "moco": ["--queue", "24", "--bn-splits", "2"]}
 
 
 def picture(h=20, w=20, mode="RGB", seed=0):
@@ -114,6 +113,7 @@ def small_run(folder, name):
     return [
         "--dataset", "folder", "--data-dir", str(folder), "--image-size", "16",
         "--width", "0.25", "--epochs", "2", "--batch-size", "8", "--device", "cpu",
+        "--knn-every", "5",
         *OWN.get(name, [])]
 
 

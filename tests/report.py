@@ -54,6 +54,9 @@ def read(path):
             epochs[record["epoch"]] = record
         else:
             headers.append(record)
+    args = headers[0]["args"]
+    if "warmup_epochs" in args:  # logs of earlier versions
+        args["warmup"] = args.pop("warmup_epochs") / args["epochs"]
     return headers[0], [epochs[epoch] for epoch in sorted(epochs)]
 
 

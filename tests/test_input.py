@@ -20,7 +20,7 @@ SHARED = [
     "--epochs 0", "--epochs -1", "--epochs 1.5", "--epochs nan",
     "--batch-size 1", "--batch-size ten",
     "--lr 0", "--lr nan", "--lr inf", "--lr fast",
-    "--weight-decay -1", "--sgd-momentum 2", "--warmup-epochs -1", "--warmup-epochs 200",
+    "--weight-decay -1", "--sgd-momentum 2", "--warmup -1", "--warmup 10",
     "--seed -1", "--seed 1e3", "--width 0", "--width inf", "--image-size 4", "--workers 0",
     "--max-pixels 0", "--knn-k 0", "--knn-every 0", "--knn-tau 0", "--knn-tau nan",
     "--dataset mnist", "--arch vgg", "--stem big", "--device tpu", "--precision fp8",
@@ -53,7 +53,7 @@ def test_wrong_flags_end_in_one_line(name, flags, capsys, tmp_path, monkeypatch)
 @pytest.mark.parametrize("flags, words", [
     ("--epochs 2.5", "whole number"), ("--lr fast", "number value"), ("--arch vgg", "resnet18"),
     ("--dataset mnist", "shapes"), ("--lr 0", "not from 1e-08 to 1000"),
-    ("--epochs 5 --warmup-epochs 5", "--warmup-epochs 5 must be below --epochs 5"),
+    ("--warmup 10", "give a share of all steps"),
     ("--resume --overwrite", "exclude")])
 def test_the_line_says_what_would_do(flags, words, capsys):
     refused(capsys, simsiam, flags.split(), words)

@@ -41,7 +41,7 @@ def test_report_changes_nothing(tmp_path, monkeypatch):
         assert "66.7" in (copy / name).read_text(), name
     header, epochs = log.read_text().split("\n", 1)
     header = json.loads(header)
-    header["args"].update(vars(simsiam.parse_args([])))
+    header["args"] = vars(simsiam.parse_args([]))
     today = json.dumps(header) + "\n" + epochs.replace('"knn": 66.66', '"knn": 55.55')
     log.with_name("simsiam.jsonl").write_text(today)
     report.main([])

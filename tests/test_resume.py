@@ -78,7 +78,7 @@ def test_resume_is_bit_identical(script, flags, whole_runs, tmp_path):
 
 
 def test_lars_resumes_bit_identically(flags, tmp_path):
-    argv = flags(simclr, "--optimizer", "lars", "--warmup-epochs", "1")
+    argv = flags(simclr, "--optimizer", "lars", "--warmup", "0.5")
     simclr.main([*argv, "--out", str(tmp_path / "whole")])
     killed_before_saving(simclr, 2, argv)
     simclr.main([*argv, "--resume"])
@@ -453,3 +453,14 @@ def test_a_run_with_init_goes_on_from_its_own_checkpoint(flags, whole_runs, tmp_
     simsiam.main([*argv, "--resume"])
     assert same_state(tmp_path / "run", tmp_path / "whole")
     assert not equal(load(tmp_path / "run")["model"], load(source)["model"])
+
+
+def test_resume_reads_the_warmup_epochs_of_earlier_versions(flags, finished, capsys):
+    """Earlier checkpoints hold warmup in epochs: it is compared as a share of them."""
+    finished(simsiam)
+    path = f"{flags(simsiam)[-1]}/checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["args"]["warmup"]
+    torch.save({**saved, "args": {**saved["args"], "warmup_epochs": 1}}, path)
+    refused(capsys, simsiam, flags(simsiam, "--resume"), "warmup was 0.5 and is 0.05")
+    simsiam.main(flags(simsiam, "--resume", "--warmup", "0.5"))
