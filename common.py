@@ -1,329 +1,391 @@
-"""Data loading, ResNet backbones, processes and files: all that the four methods share.
+"""Data loading and ResNet backbones for the four methods.
 
-A method file runs with this file beside it; whoever copies a method copies two files.
-Images stay uint8 (N, 3, H, W) until they are on the device, where a 32x32 set lives whole.
+A method's script runs with this file beside it, so whoever copies a method copies two files.
+Images are uint8 tensors (N, 3, H, W) until they are on the device, and small data sets are kept
+there whole.
 """
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors
 
 import hashlib
+import json
+import math
 import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
-import threading
 import time
+import unicodedata
 import warnings
-from collections import Counter, defaultdict, deque, namedtuple
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from importlib.util import find_spec
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision import datasets, models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms import functional as TF
-from torchvision.utils import save_image
-
-try:
-    import fcntl
-except ImportError:  # on Windows take care yourself
-    fcntl = None
 
 DATASETS = ("cifar10", "cifar100", "folder", "shapes")
-ARCHS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
-         "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3)),
-         "resnet152": (Bottleneck, (3, 8, 36, 3))}
+ARCHS = {  # block, and how many of them in each of the four stages
+    "resnet18": (BasicBlock, 2, 2, 2, 2),
+    "resnet34": (BasicBlock, 3, 4, 6, 3),
+    "resnet50": (Bottleneck, 3, 4, 6, 3),
+    "resnet101": (Bottleneck, 3, 4, 23, 3),
+    "resnet152": (Bottleneck, 3, 8, 36, 3),
+}
 SHAPES = "horizontal vertical diagonal checker plaid grid hexagons bricks zigzag blobs".split()
-SPLITS = ("test", "val", "valid", "validation")  # the first with class folders is tested on
-LITTER = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # names begin so
-STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # PIL needs other programs for these
-OURS = (".npy", ".tmp", ".lock")  # what decoding leaves
-Processes = namedtuple("Processes", "rank world local_rank")
-LARGE = threading.Lock()  # held to decode more than 2^25 pixels: one such image at a time
+TEST_SPLITS = ("test", "val", "valid", "validation")  # the first with train's classes is used
+# Names that begin so are no images of a data set: hidden files, and what systems leave behind.
+LITTER = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")
 
 
-# ----------------------------------------------------------------------------- data
+class UserError(ValueError):
+    """A problem that the user can mend; its text is one line that says how."""
+
+
+def say(text, end="\n"):
+    """Print from the first process, and go on if standard output is closed or full."""
+    if os.environ.get("RANK", "0") not in ("", "0"):
+        return
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+# =================== Data ===================
 class Dataset(NamedTuple):
-    """What `load_dataset` returns, on its device; labels of a folder without classes are None."""
+    """What `load_dataset` returns. The small tensors are on the device, images if they fit."""
 
-    train_images: torch.Tensor         # (N, 3, H, W) uint8
-    train_labels: torch.Tensor | None  # (N,) int64
-    test_images: torch.Tensor          # (M, 3, H, W) uint8; M = 0 for a folder without splits
-    test_labels: torch.Tensor | None   # (M,) int64
-    classes: tuple                     # names, in the order of the labels
-    mean: torch.Tensor                 # (3,) float32, of the training pixels in [0, 1]
-    std: torch.Tensor                  # (3,) float32, at least 1/255: a constant channel has none
+    train_images: torch.Tensor  # (N, 3, H, W) uint8
+    train_labels: torch.Tensor  # (N,) int64; None for a folder without class folders
+    test_images: torch.Tensor   # (M, 3, H, W) uint8; M is 0 for a folder without a test split
+    test_labels: torch.Tensor   # (M,) int64; None if there is no test split
+    classes: tuple              # names, in the order of the labels
+    mean: torch.Tensor          # (3,) float32, of the training pixels in [0, 1]
+    std: torch.Tensor           # (3,) float32, at least 1/255, for a constant channel
 
 
 def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device="cpu",
                  skip_broken=False, max_pixels=None):
-    """Read a data set as uint8: into memory, or mapped from where a folder was decoded to once.
+    """Load a data set as uint8 images.
 
-    data_dir: where it lies; image_size: pixels, None: 224 of a folder, else 32; cache_dir: keeps
-    what a folder is decoded to, None: data_dir; device: takes all of it, or all but images that
-    fill half of its free memory; skip_broken: do without files that cannot be read; max_pixels: of
-    a file, None: Pillow's limit. Raises UserError, in one line that says what to do.
+    name: one of DATASETS; data_dir: the folder of images, or where CIFAR is downloaded to
+    image_size: pixels; None is 32, and for a folder see `common_side`
+    cache_dir: where a folder's decoded images are kept; None is data_dir
+    device: images move there if they fill at most half of its free memory
+    skip_broken: leave out files that cannot be read; max_pixels: of a file; None is Pillow's limit
+    Raises UserError, in one line that says what to do.
     """
-    image_size = image_size or (224 if name == "folder" else 32)
+    data_dir = Path(data_dir)
     if max_pixels:
-        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice as many
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses images of twice this number
     if name == "folder":
-        *data, classes = _read_folder(Path(data_dir), image_size, cache_dir, skip_broken)
+        *parts, classes = _load_folder(data_dir, image_size, cache_dir, skip_broken)
     elif name == "shapes":
-        images, labels = map(torch.cat, zip(*(draw_shapes(500, image_size, i) for i in range(14))))
-        *data, classes = images[:6000], labels[:6000], images[6000:], labels[6000:], SHAPES
-    elif name in DATASETS:
-        *data, classes = _read_cifar(name, data_dir, image_size)
+        *parts, classes = _load_shapes(image_size or 32)
     else:
-        raise UserError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
-    sample = data[0][::1 + data[0].nbytes // 2**28]  # of more than 256 MiB a part
-    spread = [torch.std_mean(x.float(), correction=0) for x in sample.unbind(1)]  # a channel each
+        *parts, classes = _load_cifar(name, data_dir, image_size or 32)
+    # Mean and standard deviation of each channel; above 256 MiB, of an even sample.
+    sample = parts[0][::1 + parts[0].nbytes // 2**28]
+    spread = [torch.std_mean(channel.float(), correction=0) for channel in sample.unbind(1)]
     std, mean = torch.tensor(spread, device=device).T / 255
-    data = [x if x is None else resident(x, device) for x in data]
-    return Dataset(*data, tuple(classes), mean, std.clamp(min=1 / 255))
+    parts = [_to_device(part, device) for part in parts]
+    return Dataset(*parts, tuple(classes), mean, std.clamp(min=1 / 255))
 
 
-def _read_cifar(name, data_dir, image_size):
-    """CIFAR through torchvision; offline, name the file to place."""
-    kind = getattr(datasets, name.upper())
-    try:
-        Path(data_dir).mkdir(parents=True, exist_ok=True)
-        writable = os.access(data_dir, os.W_OK)  # else it must be there; of several one downloads
-        with locked(Path(data_dir, f".{name}.lock")) if writable else nullcontext():
-            sets = [kind(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as problem:
-        raise UserError(f"cannot download {name} ({problem}): place {kind.filename} in {data_dir},"
-                         " or try --dataset shapes, which needs no files") from None
-    out = []
-    for one in sets:
-        images = torch.from_numpy(np.ascontiguousarray(one.data.transpose(0, 3, 1, 2)))
-        images = torch.cat([TF.resize(x, [image_size, image_size]) for x in images.split(1000)])
-        out += [images, torch.tensor(one.targets)]
-    return *out, sets[0].classes
+def _to_device(x, device):
+    """A tensor on the device if it fills at most half of its free memory, else as it is."""
+    if x is None:
+        return None
+    if "cuda" in str(device) and x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return x
+    return x.to(device)
 
 
-def _read_folder(root, size, cache_dir, skip_broken):
-    """Images of train/, or of the whole tree; labels if they lie in two or more class folders."""
-    if not root.is_dir():
-        raise UserError(f"--data-dir {root} is not a folder of images")
-    (files, left, broken), tree = _scan(root), defaultdict(list)
-    split = any(path.is_dir() and path.name.lower() == "train" for path in root.iterdir())
-    for file in files:  # to those of their split and class; without a class folder it is ""
-        names = ("train",) * (not split) + file.relative_to(root).parts
-        tree[names[0].lower(), names[1] if len(names) > 2 else ""].append(file)
-    classes, loose = [name for part, name in tree if part == "train" and name], tree["train", ""]
-    labelled = len(classes) > 1 and (split or not loose)
-    with_classes = {part for part, name in tree if labelled and name}
-    top = next((part for part in SPLITS if part in with_classes), "no split")
-    if not labelled:  # nothing tells the images apart
-        loose[:], classes = sorted(sum((tree["train", name] for name in classes), loose)), [""]
-    odd = [name for part, name in tree if part == top and name not in ("", *classes)]
-    if odd:
-        raise UserError(f"class {odd[0]!r} of {root / top} is not in {root / 'train'}: remove it")
-    train, test = ([(label, file) for label, name in enumerate(classes)
-                    for file in tree[part, name]] for part in ("train", top))
-    left["of no class or another split"] = len(files) - len(train) - len(test)
-    if processes().rank == 0:  # one talks
-        said = ", ".join(f"{n} {why}" for why, n in (+left).most_common(20)) or "nothing"
-        say(f"{root}: {len(train)} images of {len(classes) * labelled} classes to train on, "
-            f"{f'{len(test)} of {top}' if test else 'none'} to test on; left out: {said}")
-    place = "-" + hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]  # if names are equal
-    cache = Path(cache_dir or root, f"{root.resolve().name}-{size}{place if cache_dir else ''}.npy")
-    images, unread = _decoded([file for _, file in train + test], root, size, cache)
-    broken |= unread
-    said = ", ".join(f"{path} ({why})" for path, why in broken.items())
-    if broken and not skip_broken:
-        raise UserError(f"cannot read {len(broken)} of {len(files)} images: {said}: mend or "
-                         "remove them, or try --skip-broken, or for large ones --max-pixels N")
-    if broken and processes().rank == 0:
-        say(f"left out {len(broken)} that cannot be read: {said}")
-    train, test = ([pair for pair in part if pair[1] not in broken] for part in (train, test))
+def _load_shapes(size):
+    """7,000 drawn images of ten classes, 1,000 of them to test on."""
+    drawn = [draw_shapes(500, size, seed) for seed in range(14)]
+    images, labels = map(torch.cat, zip(*drawn))
+    return images[:6000], labels[:6000], images[6000:], labels[6000:], SHAPES
+
+
+def _load_cifar(name, data_dir, size):
+    """CIFAR-10 or CIFAR-100 by torchvision, which downloads it if it is not in data_dir."""
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    if data_dir.name == kind.base_folder:
+        data_dir = data_dir.parent  # the extracted archive itself was named
+    parts = []
+    for train in (True, False):
+        try:
+            raw = kind(data_dir, train=train, download=True)
+        except (OSError, RuntimeError) as problem:
+            raise UserError(f"cannot download {name} ({problem}): place the file {kind.url} in "
+                            f"{data_dir}; --dataset folder is for folders of images, and --dataset "
+                            "shapes needs no files") from None
+        images = torch.empty(len(raw.data), 3, size, size, dtype=torch.uint8)
+        pixels = torch.from_numpy(raw.data).permute(0, 3, 1, 2)
+        for filled, some in zip(images.split(1000), pixels.split(1000)):
+            filled.copy_(TF.resize(some.contiguous(), [size, size]))
+        parts += [images, torch.tensor(raw.targets)]
+    return *parts, raw.classes
+
+
+# ------------------- A folder of images: find, sort, decode, read one -------------------
+def _load_folder(root, size, cache_dir, skip_broken):
+    """Images and labels of a folder, sorted by `sort_images`, from its decoded array."""
+    left_out = Counter()
+    found = find_images(root, left_out)
+    train, test, classes, test_split = sort_images(root, found)
     if not train:
-        raise UserError(f"no images in {root / 'train' if split else root}")
-    labels = [torch.tensor([label for label, _ in part]) if labelled and part else None
-              for part in (train, test)]
-    return images[:len(train)], labels[0], images[len(train):], labels[1], classes * labelled
+        raise UserError(f"no images to train on in {root}")
+    size = size or common_side(found)
+    left_out["in no class or in another split"] = len(found) - len(train) - len(test)
+    say(f"{root}: {len(train)} images to train on, {len(test)} of {test_split} to test on, "
+        f"{len(classes)} classes ({', '.join(classes[:10])}), at {size} pixels; "
+        f"left out: {dict(+left_out)}")
+    files = [*train, *test]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, of what it mends, and torch's, of read-only arrays
+        images, problems = _decoded(files, root, size, cache_dir)
+    broken = [f"{file} ({why})" for file, why in zip(files, problems) if why]
+    if broken and not skip_broken:
+        raise UserError(f"cannot read {len(broken)} of {len(files)} images: --skip-broken leaves "
+                        f"them out, --max-pixels N allows large ones; {', '.join(broken)}")
+    if broken:
+        say(f"left out {len(broken)} images that cannot be read: {', '.join(broken)}")
+    # The array has rows for readable files alone: first train's, then test's.
+    readable = torch.tensor([not why for why in problems])
+    labels = torch.tensor([*train.values(), *test.values()])[readable]
+    count, end = readable[:len(train)].sum(), len(labels)
+    train_labels = labels[:count] if classes else None
+    test_labels = labels[count:] if test else None
+    return images[:count], train_labels, images[count:end], test_labels, classes
 
 
-def _scan(root):
-    """The files below root that PIL can open, how many it cannot by kind, and what is broken."""
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items()
-                if name in Image.OPEN and name not in STUBS}
-    certain = [name for name, (_, start) in Image.OPEN.items() if start and name not in STUBS]
+def find_images(folder, left_out, above=()):
+    """The image files below a folder, sorted, known by the suffixes that PIL reads.
 
-    def opens(path):  # whether its first bytes are those of an image
-        with suppress(Exception), Image.open(path, formats=certain):
-            return True
-
-    files, left, broken, above = [], Counter(), {}, {str(root): ()}
-    for here, folders, names in os.walk(root, followlinks=True, onerror=lambda problem:
-                                        broken.update({problem.filename: problem.strerror})):
-        real, run = os.path.realpath(here), {"checkpoint.pt", "log.jsonl"}.intersection(names)
-        if real in above[here] or run and above[here]:  # a run draws pictures
-            left["folder of a run" if run else "link to a folder around it"] += 1
-            folders[:], names = [], []
-        hidden = {name for name in folders + names if name.startswith(LITTER)}
-        left["hidden or a system's"] += sum(not name.endswith(OURS) for name in hidden)
-        folders[:] = {*folders} - hidden
-        above.update({os.path.join(here, name): (*above[here], real) for name in folders})
-        for name in {*names} - hidden:
-            path, suffix = Path(here, name), os.path.splitext(name)[1].lower()
-            if suffix in suffixes or path.is_file() and opens(path):
-                files.append(path)
-            elif suffix not in OURS or root.resolve().name not in name:
-                left[f"{suffix or 'without a suffix'} that PIL cannot open"] += 1
-    return sorted(files), left, broken
+    left_out: a Counter that counts what is left out, by reason
+    above: the real paths of the folders above this one, as links are followed, but not in circles
+    """
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items()
+                if kind in Image.OPEN}
+    real = os.path.realpath(folder)
+    paths = sorted(folder.iterdir())
+    if real in above or (above and folder / "checkpoint.pt" in paths):  # a run draws pictures
+        left_out["link to a folder above it, or folder of a run"] += 1
+        return []
+    files = []
+    for path in paths:
+        if path.name.startswith(LITTER):
+            left_out["hidden or a system's"] += 1
+        elif path.is_dir():
+            files += find_images(path, left_out, (*above, real))
+        elif path.suffix.lower() in suffixes and path.exists():
+            files.append(path)
+        elif not path.name.startswith("decoded-"):  # those are ours
+            left_out[f"{path.suffix} files that PIL cannot read"] += 1
+    return files
 
 
-def _decoded(files, root, size, path):
-    """The files' images, mapped from `path`, written if need be; and which have none, and why."""
-    keys = []
+def sort_images(root, files):
+    """Sort image files by their folders into a training and a test split, and into classes.
+
+    With a train/ in root, that is trained on. The first of TEST_SPLITS whose class folders all have
+    names of train's is tested on. Without a train/, all files are trained on. Two or more class
+    folders make labels. Returns train and test, {file: label}; the names of the classes, none
+    without labels; and the name of the test split, or why there is none.
+    """
+    has_split = any(path.name.lower() == "train" for path in root.iterdir())
+    tree = defaultdict(lambda: defaultdict(list))  # split to class to files; "" is no class
     for file in files:
-        st = file.stat() if file.exists() else file.lstat()  # of a link to nothing
-        key = (file.relative_to(root), st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
-        keys.append(hashlib.blake2b(f"decoder 2 {key}".encode(), digest_size=16).digest())
+        folders = file.relative_to(root).parts[:-1]
+        if not has_split:
+            folders = ("train", *folders)
+        split, name = (*folders, "", "")[:2]
+        tree[split.lower()][unicodedata.normalize("NFC", name)].append(file)
+    for inner in root.glob("*/train"):
+        if not has_split:  # training on all of root would use its test images
+            raise UserError(f"{root} has no train/ but {inner.parent} has: name that as --data-dir")
+    train = tree["train"]
+    classes = sorted(name for name in train if name)
+    if len(classes) < 2 or (train[""] and not has_split):
+        everything = sorted(file for some in train.values() for file in some)
+        return dict.fromkeys(everything, 0), {}, [], "no split"
 
-    def look():
-        """None if `path` has other images, or lacks one that can be read by now."""
-        (images, rows), broken = _cached(path), {}
-        if files and images is None or [*rows] != [key for key in keys if key in rows]:
-            return None
-        for file in (file for file, key in zip(files, keys) if key not in rows):
-            if torch.is_tensor(broken.setdefault(file, _read_image(file, size))):
-                return None
-        return images, broken
+    def label(split):
+        return {file: number for number, name in enumerate(classes) for file in split[name]}
 
+    unused = "no split"
+    for name in TEST_SPLITS:
+        tested = {class_name for class_name in tree[name] if class_name}
+        if tested and tested.issubset(classes):
+            return label(train), label(tree[name]), classes, name
+        if tested:
+            unused = f"no split, as {name} has other class folders than train,"
+    return label(train), {}, classes, unused
+
+
+def common_side(files):
+    """The side of the images if all are squares of one side below 224 pixels, else 224."""
+    sides = set()
+    for file in files:
+        with suppress(Exception), Image.open(file) as image:  # decoding names what is unreadable
+            sides.update(image.size)
+        if len(sides) > 1:
+            return 224
+    return min(max(sides, default=224), 224)
+
+
+def _decoded(files, root, size, cache_dir):
+    """The images of files (N, 3, size, size), mapped from the array that `decode` has written.
+
+    Returns the array and a list that says why each file cannot be read, "" if it can.
+    The array's name has a digest of every file's relative path, size and time and of 64 files'
+    first bytes: a changed folder gets a new array, a copied one (with its times) does not.
+    """
+    digest = hashlib.blake2b(b"decoder 3", digest_size=8)  # 4 if read_image changes a pixel
+    for number, file in enumerate(files):
+        status = file.stat()
+        entry = f"{file.relative_to(root)} {status.st_size} {int(status.st_mtime)}"
+        digest.update(os.fsencode(entry))
+        if number % (1 + len(files) // 64) == 0:
+            with suppress(OSError), open(file, "rb") as opened:
+                digest.update(opened.read(4096))
+    path = Path(cache_dir or root, f"decoded-{size}-{digest.hexdigest()}.npy")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's of what it mends, torch's of a read-only map
-            found = look()  # before any lock: the folder may be read-only
-            if not found:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with locked(path.with_name(f".{path.stem}.lock")) as lock:  # of several one decodes
-                    lock.truncate(0)
-                    print("process", os.getpid(), "on", socket.gethostname(), file=lock, flush=True)
-                    found = look() or _decode(files, keys, size, path) or look()
+        if not path.exists():
+            decode(files, size, path)
+        problems = json.loads(path.with_suffix(".json").read_text())
+        return torch.from_numpy(np.load(path, mmap_mode="r")), problems
     except OSError as problem:
-        raise UserError(f"cannot keep decoded images ({problem}): name a --cache-dir") from None
-    if not found:
-        raise UserError(f"{root} changed while its images were decoded: start again")
-    return found
+        raise UserError(f"cannot keep decoded images in {path.parent} ({problem}): make room "
+                        "there or name another --cache-dir") from None
 
 
-def _cached(path):
-    """The array in `path`, mapped, and its rows by their files' keys, which stand behind it."""
-    with suppress(OSError, ValueError, EOFError), open(path, "rb") as file:
-        images = np.load(path, mmap_mode="r")  # "c" could be written to, but must fit into memory
-        file.seek(images.offset + images.nbytes)
-        return torch.from_numpy(images), {key: i for i, key in enumerate(np.load(file).tolist())}
-    return None, {}
+def decode(files, size, path):
+    """Decode files on all cores into a uint8 array (N, 3, size, size) at path, in .npy format.
 
-
-def _decode(files, keys, size, path):
-    """Write files as an array to a temporary name, on all cores in bounded memory; rename it."""
-    for part in path.parent.glob("*.tmp"):  # of the dead: the living write all the time
-        if path.stem in part.name and time.time() - part.stat().st_mtime > 3600:
-            part.unlink(missing_ok=True)
-    need, free = len(files) * 3 * size**2 / 2**30, shutil.disk_usage(path.parent).free / 2**30
-    if need > free:
-        raise OSError(f"they need {need:.2f} GiB in {path.parent}, which has {free:.2f} GiB free")
-    old, rows = _cached(path)
-
-    def read(file, key):  # what is there already is copied
-        return old[rows[key]] if key in rows else _read_image(file, size)
-
-    part = path.with_name(f".{path.stem}.{socket.gethostname()}-{os.getpid()}.tmp")
-    start = shown = time.perf_counter()
-    kept, most = [], max(os.cpu_count() or 1, 2**25 // (3 * size**2))  # 32 MiB at a time
+    The array is written to a temporary file and renamed. Files that cannot be read have no row: as
+    many rows at its end are empty. A JSON beside it says why each file cannot be read, "" if it can.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (len(files), 3, size, size)
+    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(f"{needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free")
+    temporary = path.with_name(f"{path.stem}-{socket.gethostname()}-{os.getpid()}.tmp")
     try:
-        with open(part, "wb") as out, ThreadPoolExecutor() as pool:  # PIL frees Python's lock
-            out.seek(128)  # the header, which waits for the number of images
-            images = (image for at in range(0, len(files), most)
-                      for image in pool.map(read, files[at:at + most], keys[at:at + most]))
-            for done, (key, image) in enumerate(zip(keys, images), 1):
-                if torch.is_tensor(image):
-                    out.write(image.numpy())
-                    kept.append(key)
-                if time.perf_counter() - shown > 5:
-                    shown = time.perf_counter()
-                    left = (shown - start) * (len(files) / done - 1)
-                    say(f"decoded {done} of {len(files)} images, {left:.0f} s left")
-            np.save(out, np.frombuffer(b"".join(kept), "V16"))
-            out.seek(0)
-            np.lib.format.write_array_header_1_0(out, {
-                "descr": "|u1", "fortran_order": False, "shape": (len(kept), 3, size, size)})
-        with suppress(FileNotFoundError):  # another finished, and took this part for dead
-            os.replace(part, path)
+        with open(temporary, "wb") as out:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(out, header)
+            end = out.tell() + needed
+            problems = write_rows(files, size, out)
+            out.truncate(end)
+        path.with_suffix(".json").write_text(json.dumps(problems))
+        os.replace(temporary, path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+    others = [old.name for old in path.parent.glob("decoded-*") if old.stem != path.stem]
+    if others:
+        say(f"wrote {path}; files of earlier decoding stay beside it: {', '.join(others)}")
 
 
-def _read_image(path, size):
-    """A file's centre square, of its first frame, as uint8 (3, size, size); or why not, in words.
+def write_rows(files, size, out):
+    """Write the images of files one after the other; why each cannot be read, "" if it can."""
+    problems, start = [], time.perf_counter()
+    at_once = 16 + 2**25 // (3 * size**2)  # 32 MiB of images
+    with ThreadPoolExecutor() as pool:
+        for first in range(0, len(files), at_once):
+            some = files[first:first + at_once]
+            for reading in [pool.submit(read_image, file, size) for file in some]:
+                problem = reading.exception()  # PIL raises OSError, SyntaxError, struct.error, ...
+                problems.append(repr(problem) if problem else "")
+                if not problem:
+                    out.write(reading.result().numpy())
+            seconds = time.perf_counter() - start
+            if seconds > 5:
+                say(f"decoded {len(problems)} of {len(files)} images in {seconds:.0f} s", end="\r")
+    return problems
 
-    EXIF turns it, transparency is white; wider integers go from 0 to 65535, floats from 0 to 1.
+
+def read_image(path, size):
+    """The centre square of a file's first frame, resized, as uint8 (3, size, size).
+
+    EXIF orientation is applied and transparency becomes white. Grey values of more than 8 bits
+    are scaled from [0, 65535], floats from [0, 1].
+    Raises ValueError for other values, and what PIL raises for a file that it cannot read.
     """
-    try:
-        with Image.open(path) as image, LARGE if np.prod(image.size) > 2**25 else nullcontext():
-            # A JPEG at 1/2, 1/4 or 1/8, if that leaves twice our size: nobody sees it.
-            image.draft(None, (2 * size, 2 * size))
-            ImageOps.exif_transpose(image, in_place=True)
-            image = TF.center_crop(image, min(image.size))  # before all else: it may be long
-            if image.mode[0] in "IF":  # grey of more than 8 bits
-                x, top = np.asarray(image), 1 if image.mode == "F" else 65535
-                if not 0 <= x.min() <= x.max() <= top:  # nor NaN
-                    return f"values from {x.min()} to {x.max()}, not from 0 to {top}"
-                image = Image.fromarray((x * (255 / top)).round().astype(np.uint8))
-            elif image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            image = TF.resize(image.convert("RGB"), [size, size])
-            return TF.pil_to_tensor(image).contiguous()
-    except Exception as problem:  # PIL raises OSError, SyntaxError, struct.error, ...
-        with suppress(Exception), open(path, "rb") as file:  # perhaps a TIFF that PIL cannot name
-            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
-            file.seek(tags.next)
-            tags.load(file)
-            problem = f"{problem}: a TIFF of {tags[277]} channels; supported are 1 to 4"
-        return str(problem)
+    with Image.open(path) as image:
+        # Let the JPEG decoder skip detail: to 1/2, 1/4 or 1/8, but at least twice our size.
+        image.draft(None, (2 * size, 2 * size))
+        ImageOps.exif_transpose(image, in_place=True)
+        # Crop before anything else: an elongated image may be large.
+        image = TF.center_crop(image, min(image.size))
+        if image.mode[0] in "IF":  # grey of more than 8 bits
+            values = np.asarray(image)
+            highest = 1 if image.mode == "F" else 65535
+            if not 0 <= values.min() <= values.max() <= highest:  # this refuses NaN, too
+                raise ValueError(f"values from {values.min()} to {values.max()}, "
+                                 f"not from 0 to {highest}")
+            image = Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
+        elif image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = TF.resize(image.convert("RGB"), [size, size])
+        return TF.pil_to_tensor(image).contiguous()
 
 
+# ------------------- Drawn images, and batches -------------------
 def draw_shapes(count, size=32, seed=0):
-    """Draw textures of ten classes: images (count, 3, size, size) uint8 and labels (count,) int64.
+    """Draw textures of ten classes: images (count, 3, size, size) uint8, labels (count,) int64.
 
-    Each lies in a soft window and differs in all but its class. Any part of it shows that: a
-    pattern that needs its centre, as rings do, would be lost in a random crop.
+    Images of a class differ in position, scale, phase, angle, colour and contrast. Any part of an
+    image shows its class: a pattern that is known by its centre would be lost in a random crop.
     """
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    sin, pi, maximum = torch.sin, torch.pi, torch.maximum
 
     def uniform(low, high, channels=1, pixels=1):
-        return low + (high - low) * torch.rand(count, channels, pixels, pixels, generator=draw)
+        shape = (count, channels, pixels, pixels)
+        return low + (high - low) * torch.rand(shape, generator=generator)
 
-    labels = torch.randperm(count, generator=draw) % len(SHAPES)
+    labels = torch.randperm(count, generator=generator) % len(SHAPES)
     grid = torch.linspace(-1, 1, size)
-    x, y = grid - uniform(-0.25, 0.25), grid[:, None] - uniform(-0.25, 0.25)  # window's centre: 0
-    window = torch.exp(-((x.square() + y.square()) / uniform(0.8, 1.2).square()).square())
-    turn, scale = uniform(-torch.pi / 9, torch.pi / 9), uniform(9, 18)  # radians a half image
-    u, v = scale * (x * turn.cos() - y * turn.sin()), scale * (x * turn.sin() + y * turn.cos())
-    a, b = uniform(0, 2 * torch.pi), uniform(0, 2 * torch.pi)  # phases
+    # Coordinates from the centre of a soft window, in which the pattern is visible.
+    x, y = grid - uniform(-0.25, 0.25), grid[:, None] - uniform(-0.25, 0.25)
+    distance = (x.square() + y.square()) / uniform(0.8, 1.2).square()
+    window = torch.exp(-distance.square())
+    # Turned and scaled coordinates, in radians: 9 to 18 for half an image.
+    angle, scale = uniform(-pi / 9, pi / 9), uniform(9, 18)
+    u = scale * (x * angle.cos() - y * angle.sin())
+    v = scale * (x * angle.sin() + y * angle.cos())
+    a, b = uniform(0, 2 * pi), uniform(0, 2 * pi)  # phases
     third, half = 3**0.5 / 2 * u, v / 2  # third +- half: waves at 120 degrees to v
-    shift = torch.pi / 2 * torch.cos(half + a / 2).sign()  # every other row of bricks
+    shift = pi / 2 * torch.cos(half + a / 2).sign()  # moves every other row of bricks
     noise = nn.functional.interpolate(uniform(-1, 1, pixels=8), (size, size), mode="bicubic")
-    across, down = torch.sin(u + a), torch.sin(v + b)
-    pattern = torch.stack([  # in the order of SHAPES
-        torch.sin(v + a), across, torch.sin((u + uniform(-1, 1).sign() * v) / 2**0.5 + a),
-        1.5 * across * down, 0.75 * (across + down), 2 * torch.maximum(across, down) - 1,
-        (torch.sin(v + a) + torch.sin(third - half + b) - torch.sin(third + half + a + b)) / 1.5,
-        2 * torch.maximum(torch.sin(v + a), torch.sin(u / 2 + b + shift)) - 1,
-        torch.sin(v + 2 * torch.asin(torch.sin(u + b)) + a), 2 * noise
-    ], 1)[torch.arange(count), labels]
+    across, down, along = sin(u + a), sin(v + b), sin(v + a)
+    patterns = [  # in the order of SHAPES
+        along,
+        across,
+        sin((u + uniform(-1, 1).sign() * v) / 2**0.5 + a),
+        1.5 * across * down,
+        0.75 * (across + down),
+        2 * maximum(across, down) - 1,
+        (along + sin(third - half + b) - sin(third + half + a + b)) / 1.5,
+        2 * maximum(along, sin(u / 2 + b + shift)) - 1,
+        sin(v + 2 * torch.asin(sin(u + b)) + a),
+        2 * noise,
+    ]
+    pattern = torch.stack(patterns, 1)[torch.arange(count), labels]
     tint = 1 + uniform(-0.1, 0.1, channels=3)
     contrast = uniform(0.2, 0.4) * uniform(-1, 1).sign()
     images = uniform(0.4, 0.6) + contrast * pattern * window * tint
@@ -332,24 +394,21 @@ def draw_shapes(count, size=32, seed=0):
 
 
 def normalize(x, mean, std):
-    """What enters the network, in training and evaluation alike.
+    """Standardise each channel: what enters the network in training and evaluation alike.
 
     x: (N, 3, H, W) uint8, or float in [0, 1]; mean, std: (3,) of the training set
-    Returns float32 in units of std, in channels_last memory, which convolutions are fastest on.
+    Returns float32 in channels_last memory format, in which convolutions are fastest.
+    Raises ValueError for other integers, whose range is not known.
     """
-    x = x.float() / 255 if x.dtype == torch.uint8 else x
-    x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    if x.dtype == torch.uint8:
+        x = x.float() / 255
+    elif not x.is_floating_point():
+        raise ValueError(f"normalize takes uint8, or float in [0, 1], not {x.dtype}")
+    x = (x.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def resident(images, device):
-    """The images on the device if they fit in half of its free memory, else as they are."""
-    device = torch.device(device)
-    large = device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
-    return images if large else images.to(device)
-
-
-def batches(images, order, batch_size, device, workers=min(8, os.cpu_count() or 1)):
+def batches(images, order, batch_size, device, workers):
     """Yield images[order] on the device, batch by batch; the last one may be smaller.
 
     images: (N, 3, H, W) uint8, on the device or on the host; order: (M,) int64 on the host
@@ -365,268 +424,130 @@ def batches(images, order, batch_size, device, workers=min(8, os.cpu_count() or 
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
     with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
+        waiting = []
         for index in order.split(batch_size):
             waiting.append(pool.submit(gather, index))
             if len(waiting) > workers:
-                yield waiting.popleft().result().to(device, non_blocking=True)
+                yield waiting.pop(0).result().to(device, non_blocking=True)
         while waiting:
-            yield waiting.popleft().result().to(device, non_blocking=True)
+            yield waiting.pop(0).result().to(device, non_blocking=True)
 
 
-# ----------------------------------------------------------------------------- network
+# =================== Network ===================
 class ResNet(models.ResNet):
-    """A residual network without classifier, in torchvision's names, He et al., arXiv 1512.03385.
+    """A residual network without classifier, in torchvision's names, He et al. 1512.03385.
 
-    (N, 3, H, W) in, (N, num_features) out: the average of the last map.
+    Images (N, 3, H, W) to features (N, num_features), the average of the last map.
     """
 
     def __init__(self, block, depths, width, stem):
-        nn.Module.__init__(self)  # of torchvision's only the making of layers, here of any width
+        # Torchvision's class makes the layers and has the forward; here they have any width.
+        nn.Module.__init__(self)
+        # The stem "cifar" keeps the full size: a 32x32 image has a last map of 4x4.
+        kernel, stride, padding = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3)}[stem]
+        self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
         planes = [round(64 * width * 2**stage) for stage in range(4)]
-        cifar = stem == "cifar"  # full size, no max-pool: a 32x32 image keeps a last map of 4x4
-        kernel, stride, padding = (3, 1, 1) if cifar else (7, 2, 3)
         self.conv1 = nn.Conv2d(3, planes[0], kernel, stride, padding, bias=False)
         self.bn1 = nn.BatchNorm2d(planes[0])
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if cifar else nn.MaxPool2d(3, 2, 1)
         self.inplanes, self.groups, self.base_width, self.dilation = planes[0], 1, 64, 1
         self._norm_layer = nn.BatchNorm2d
         for stage, depth in enumerate(depths):
             layer = self._make_layer(block, planes[stage], depth, stride=1 if stage == 0 else 2)
             setattr(self, f"layer{stage + 1}", layer)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Identity()
         self.num_features = self.inplanes
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # as torchvision's ResNet
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x.mean((2, 3))  # (N, num_features)
-
 
 def resnet(arch="resnet18", width=1.0, stem="cifar"):
-    """A ResNet backbone: arch of ARCHS, width multiplies all channel counts (SimCLR's 1x, 2x, 4x).
+    """A ResNet backbone whose output size is its `num_features`.
 
-    stem: "cifar" (3x3, no max-pool) or "imagenet" (7x7, max-pool); `num_features`: the output size
-    Raises ValueError for an unknown arch or stem, or a width that leaves no channel.
+    arch: one of ARCHS; width: multiplies all channel counts, as SimCLR's 1x, 2x, 4x
+    stem: "cifar" (3x3 convolution, no max-pool) or "imagenet" (7x7 with stride 2, max-pool)
+    Raises KeyError for an unknown arch or stem.
     """
-    if arch not in ARCHS or stem not in ("cifar", "imagenet") or round(64 * width) < 1:
-        raise ValueError(f"no backbone with arch {arch!r}, width {width} and stem {stem!r}")
-    return ResNet(*ARCHS[arch], width, stem)
+    block, *depths = ARCHS[arch]
+    return ResNet(block, depths, width, stem)
 
 
-def load_backbone(f, weights):
-    """Load a state dict in torchvision's names, but for fc; UserError lists what differs."""
-    try:
-        f.load_state_dict({key: x for key, x in weights.items() if not key.startswith("fc.")})
-    except (AttributeError, RuntimeError) as problem:
-        raise UserError("weights of another network (compare --arch; in training --width, --stem): "
-                        f"{str(problem)[:600]}") from None
+# ------------------- Weights -------------------
+RESNET_PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # all of them, in order
 
 
-# ----------------------------------------------------------------------------- files and processes
-class UserError(ValueError):
-    """What the user can mend; the text is one line that says how."""
+def read_checkpoint(path):
+    """Read a dict that torch.save wrote, of tensors and plain values: no code in a file is run.
 
-
-def processes():
-    """This process among torchrun's: rank of world; local_rank is its number on this machine."""
-    local_rank = int(os.environ.get("LOCAL_RANK") or 0)
-    if dist.is_initialized():  # perhaps by another launcher
-        return Processes(dist.get_rank(), dist.get_world_size(), local_rank)
-    return Processes(int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1),
-                     local_rank)
-
-
-def wrap(model, sync_bn, compiled, device):
-    """The model as training calls it: spread over the processes, and compiled.
-
-    sync_bn: whether batch statistics are those of all processes; compiled: None is "if it helps"
+    A folder means the checkpoint.pt in it. Raises UserError, in one line, for anything else.
     """
-    network, world = model, processes().world
-    if world > 1:
-        if sync_bn and device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-        network = nn.parallel.DistributedDataParallel(model)
-    if compiled is None:  # Triton is absent on Windows; SyncBatchNorm breaks the graph
-        compiled = device.type == "cuda" and find_spec("triton") and not (world > 1 and sync_bn)
-    if compiled:  # CUDA graphs: not tried with DistributedDataParallel
-        network = torch.compile(network, mode="reduce-overhead" if world == 1 else "default")
-    return network
-
-
-def gather(x):
-    """Rows x (N, ...) of all processes, in the order of their ranks, with gradient.
-
-    For a loss that every process computes of all rows: its own ones carry the gradient, times
-    the number of processes, as DistributedDataParallel will take the mean over them.
-    """
-    if not dist.is_initialized():
-        return x
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach())
-    parts[dist.get_rank()] = x.detach() + len(parts) * (x - x.detach())  # x, to the bit
-    return torch.cat(parts)
-
-
-def choose_device(name):
-    """The device of that name, or the best there is if that is "auto"; a GPU for each process."""
-    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
-    device = torch.device(there[0] if name == "auto" else name)
-    local = processes().local_rank
-    if device.type not in there or device.type == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: no {device.type} for process {local}, try --device cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(local)
-        torch.backends.cudnn.benchmark = True  # time each shape's convolutions once, keep the best
-    return device
-
-
-def environment(device):
-    """What a log says of where it was made: the device's name, torch, the commit of this file."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    if name == "cpu":
-        with suppress(OSError, TypeError), open("/proc/cpuinfo") as file:  # Linux
-            name = re.search("model name.*: (.*)", file.read())[1]
-        name = f"{name}, {torch.get_num_threads()} threads"
-    failed, commit = subprocess.getstatusoutput(
-        f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty')
-    return {"device": name, "torch": torch.__version__, "commit": None if failed else commit}
-
-
-def load_checkpoint(path, method=None, args=None, data=None):
-    """Read what torch.save wrote: tensors and plain values only, no code of a file is ever run.
-
-    method, args, data: if given, the run that goes on from it, whose settings must be the same
-    Raises UserError, in one line, for a file that is absent, damaged, or of other settings.
-    """
+    if Path(path).is_dir():
+        path = Path(path, "checkpoint.pt")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(saved, dict):
             raise TypeError
-        if args is None:
-            return saved
-        theirs = {**saved["args"], "method": saved["method"], "images": saved["images"],
-                  "mean of the pixels": [round(x, 4) for x in saved["mean"].tolist()]}
-        if "warmup_epochs" in theirs:  # checkpoints of earlier versions
-            theirs["warmup"] = theirs.pop("warmup_epochs") / theirs["epochs"]
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}") from None
+        return saved
     except Exception as problem:  # a damaged file raises whatever the unpickler meets
-        kind, cause, start = re.search(r"GLOBAL (\S+)", str(problem)), type(problem).__name__, b""
-        with suppress(OSError), open(path, "rb") as file:
-            start = file.read(10)
-        if kind:
-            cause = (f"it holds a {kind[1]}: if you trust its maker, load it with weights_only="
-                     "False and torch.save its weights alone")
-        elif start == b"version ht":
-            cause = "a pointer of Git LFS: git lfs pull brings the file"
-        elif start[8:] == b'{"':
-            cause = "safetensors: read it with safetensors.torch.load_file, then torch.save it"
-        hint = "; restore it, or begin anew with --overwrite" if args else ""
-        raise UserError(f"{path} is not a file of weights, or was cut ({cause}){hint}") from None
-    free = ("data_dir", "cache_dir", "max_pixels", "workers", "init", "device", "compile", "out",
-            "resume", "overwrite", "save_views", "knn_every", "knn_k", "knn_tau")  # may change
-    ours = {**vars(args), "method": method, "images": len(data.train_images),
-            "mean of the pixels": [round(x, 4) for x in data.mean.tolist()]}
-    changed = [f"{key} was {theirs[key]} and is {value}" for key, value in ours.items()
-               if key not in free and theirs.get(key, value) != value]
-    if changed:
-        raise UserError(f"{path} was made with other settings: {', '.join(changed)}; give those or "
-                        f"begin a new run with its weights: --init {path} and another --out")
-    return saved
+        cause = (f"it is absent, cut, a web page, TorchScript or otherwise no dict of tensors that "
+                 f"torch.save wrote ({type(problem).__name__})")
+        unsafe = re.search(r"GLOBAL (\S+)", str(problem))
+        if unsafe:
+            cause = (f"it holds a {unsafe[1]}: if you trust its maker, load it with "
+                     "weights_only=False and torch.save its weights alone")
+        raise UserError(f"{path} is no file of weights that can be read: {cause}")
 
 
-def save_checkpoint(path, state):
-    """Write a temporary file, then rename it: a kill at any moment leaves a whole checkpoint."""
-    if not all(x.isfinite().all() for x in state.get("model", {}).values()):
-        raise UserError(f"the weights are not finite: try a lower --lr; {path} stays as it was")
-    part = path.with_suffix(".tmp")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the name without the bytes
-        os.replace(part, path)
-    except (OSError, RuntimeError) as problem:  # torch.save makes RuntimeErrors of a full disk
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({problem}): make room, then --resume") from None
+def all_tensors(value, name=""):
+    """Yield (dotted name, tensor) for all tensors in nested dicts."""
+    if torch.is_tensor(value):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from all_tensors(part, f"{name}.{key}".removeprefix("."))
 
 
-def restore(model, path):
-    """Begin with a checkpoint's whole model, if it fits, or else with its backbone's weights."""
-    saved = load_checkpoint(path)
-    ours, theirs = model.state_dict(), saved.get("model")
-    if isinstance(theirs, dict) and ours.keys() == theirs.keys() and all(
-            getattr(theirs[key], "shape", None) == x.shape for key, x in ours.items()):
-        model.load_state_dict(theirs)
-        return
-    for f in (part for part in model.children() if isinstance(part, ResNet)):  # MoCo has two
-        load_backbone(f, saved.get("backbone", saved.get("state_dict", saved)))
+def load_weights(path, prefix=""):
+    """Read a checkpoint and find its backbone, a ResNet in torchvision's names or numbered.
 
-
-def draw_columns(path, columns, args):
-    """Draw images and what was made of them, each (N, 3, ., .) in [0, 1], as columns of a PNG."""
-    if args.dataset == "folder" and Path(args.data_dir).resolve() in Path(path).resolve().parents:
-        raise UserError(f"{path} lies in --data-dir and would be trained on: draw it elsewhere")
-    rows = torch.stack([nn.functional.interpolate(x, columns[0].shape[2:]) for x in columns], 1)
-    save_image(rows.flatten(0, 1), path, "png", nrow=len(columns))
-
-
-def locked(path, wait=True):
-    """Open a file to read and append to, locked until it is closed or the process ends.
-
-    If another process holds the lock: wait, and say for whom, or raise UserError.
+    prefix: what stands before the backbone's own names, or its end, if a file holds several
+    Returns the backbone's weights in torchvision's names; all of the file, a dict; and the names
+    of the tensors that are not the backbone's. Raises UserError, in one line.
     """
-    file = open(path, "a+")
+    saved = read_checkpoint(path)
+    if not prefix and "backbone" in saved and "model" in saved:
+        prefix = "backbone."  # a checkpoint of the four scripts
+    tensors = dict(all_tensors(saved))
+    # What stands before the name of a first convolution that takes three channels.
+    found = [name[:first.start()] for name, x in tensors.items() if x.shape[1:2] == (3,)
+             for first in re.finditer(r"(?<![^.])(conv1|0)\.weight$", name)]
+    if prefix not in found:
+        fitting = [name for name in found if f".{name}".endswith(f".{prefix}")]
+        if len(fitting) != 1:
+            raise UserError(f"--prefix {prefix!r} fits {len(fitting)} of {len(found)} networks for "
+                            f"images of three channels in {path}: {' '.join(found[:8])}")
+        prefix = fitting[0]
+    # Numbers become torchvision's names, in their order.
+    parts = {name.removeprefix(prefix).split(".")[0] for name in tensors}
+    numbers = sorted(filter(str.isdigit, parts), key=int)
+    parts = dict(zip(RESNET_PARTS, RESNET_PARTS)) | dict(zip(numbers, RESNET_PARTS))
+    weights, left_out = {}, []
+    for name, x in tensors.items():
+        part, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and part in parts:
+            rest = rest.replace("shortcut.", "downsample.")  # SupContrast's and kuangliu's name
+            weights[f"{parts[part]}.{rest}"] = x
+        else:
+            left_out.append(name)
+    return weights, saved, left_out
+
+
+def fill_backbone(f, weights):
+    """Load weights in torchvision's names; UserError lists what differs."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            file.close()
-            raise UserError(f"another process writes to {path}: choose another --out") from None
-        say(f"waiting for {Path(path).read_text().strip() or 'another'} at {path}")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except (OSError, AttributeError):
-        pass  # some network file systems have no such locks, nor has Windows
-    return file
-
-
-def open_log(path, end, overwrite):
-    """Open and lock a log, and cut it at byte `end`: what was logged and not saved comes again.
-
-    Raises UserError if another process writes to it, or if log and checkpoint are not of one run.
-    """
-    if (path.stat().st_size if path.exists() else 0) < end:
-        raise UserError(f"{path} has lost lines: restore it, or begin with --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = locked(path, wait=False)
-    log.seek(0)
-    if not end and not overwrite and len(log.readlines()) > 2:  # more than a start that was killed
-        raise UserError(f"{path} has no checkpoint beside it: restore that, or take --overwrite")
-    log.truncate(end)
-    return log
-
-
-def say(text, end="\n"):
-    """Print; go on without a standard output that was closed or is full."""
-    try:
-        print(text, end=end, flush=True)
-    except UnicodeEncodeError:  # a file's name, in letters that the output lacks
-        print(text.encode("ascii", "backslashreplace").decode(), end=end, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
-
-
-def with_progress(batches, epoch, steps):
-    """Pass the batches on and say how far it is: on a terminal in place, else once a minute."""
-    said, tty = time.perf_counter(), sys.stdout and sys.stdout.isatty()  # stdout: None if closed
-    end, pause = ("\r", 0.5) if tty else ("\n", 60)
-    for step, batch in enumerate(batches, 1):
-        yield batch
-        if time.perf_counter() - said > pause and processes().rank == 0:
-            said = time.perf_counter()
-            say(f"epoch {epoch} step {step}/{steps}", end)
+        f.load_state_dict(weights)
+    except RuntimeError as problem:
+        raise UserError("weights of another network (compare --arch, --width and --stem): "
+                        f"{problem}")

@@ -1,46 +1,57 @@
-"""MoCo. CIFAR-10, 200 epochs: not measured yet; the authors' demo has 85.3 % kNN (linear head).
+"""MoCo: self-supervised learning by finding an image's key among the keys of a queue.
 
-Reference implementation, made to be read from the top, diffed and copied (with common.py), of
-"Momentum Contrast for Unsupervised Visual Representation Learning", He et al., CVPR 2020,
-arXiv 1911.05722, with the MLP head of MoCo v2, arXiv 2003.04297 (v1's: --proj-layers 1).
+Not measured yet by these defaults: CIFAR-10, ResNet-18, 200 epochs, one GPU. Published:
+kNN 85.3 % (authors' demo, of its head's 128-d output) and 84.7 % (lightly).
+
+Reference implementation, to be read, diffed and copied (with common.py), of "Momentum
+Contrast for Unsupervised Visual Representation Learning", He et al., CVPR 2020, arXiv
+1911.05722, with the head of MoCo v2, arXiv 2003.04297 (v1's: --proj-layers 1).
 
     python moco.py --epochs 200 --batch-size 512
 
-A view's query must find the key of the image's other view among the keys of earlier batches.
-Keys come from a slow copy of the network, a moving average, so that old keys stay valid.
+The query of a view must find the key of the image's other view among a queue of keys of
+earlier batches. Keys come from a slowly moving copy of the network, so that old keys stay
+comparable with new ones.
 
     x1, x2   (B, 3, H, W)  two random views of a batch of B images
-    f        backbone      f(x) is what is kept, (B, 512) for ResNet-18
-    g        head          query q = g(f(x)), (B, 128), and key k = g_k(f_k(x)), a constant
-    queue    (K, 128)      the last K unit keys, the negatives
-    tau, m   scalars       temperature of the softmax; share of theta_k that an average keeps
+    f        backbone      f(x) is what is used afterwards, (B, 512) for ResNet-18
+    g        head          query q = g(f(x)), (B, 128); key k = g_k(f_k(x)), a constant
+    queue    (K, 128)      the last K keys, the negatives; unit vectors
+    tau      temperature   of the softmax
     l(q, k)  = -log( exp(q . k / tau) / (exp(q . k / tau) + sum_i exp(q . queue_i / tau)) )  (1)
-    theta_k  = m theta_k + (1 - m) theta_q, the parameters of either side, after every step  (2)
+    theta_k  = m theta_k + (1 - m) theta_q: parameters of f_k, g_k after every step          (2)
     L        = l(q1, k2) + l(q2, k1), or l(q1, k2) with --no-symmetric; |q| = |k| = 1
                log(K + 1), twice if symmetric, for a network that cannot tell images apart
 
 Differences from the paper:
-- Views are made in batches on the device. Every image has its own parameters, but the order
-  of the four colour operations is drawn once for each view of a batch, to run each once on it.
-- The learning rate moves every step, not every epoch: the same cosine without its stairs.
-- A folder's crops are cut, not antialiased, from images resized once (large JPEGs by `draft`).
-- The recipe is the authors' Colab demo's, but for the head, linear there: the symmetric loss is
-  a sum, its keys enter the queue together after both; ShuffleBN on one GPU by 8 splits.
-- CIFAR's defaults; v2's on ImageNet: crops from 0.2, tau 0.2, m 0.999, decay 1e-4, K 65536.
+- Each image draws its own strengths. The order of the four colour operations is drawn
+  once per view and batch, so that each runs as one batched call.
+- The learning rate changes at every step. Crops are not antialiased.
+- The recipe is the authors' CIFAR-10 demo's, but its head is linear. The symmetric loss
+  is a sum, both views' keys enter the queue after both losses, and eight splits of the
+  batch stand for the paper's eight GPUs (ShuffleBN).
+- The defaults are for CIFAR. For ImageNet MoCo v2 has crops from 0.2, tau 0.2, m 0.999,
+  weight decay 1e-4 and K 65536.
 """
 # SPDX-License-Identifier: MIT
-# Shared sections are one text in all four scripts, but for what stands in <method> fences.
+# Copyright (c) 2026 the authors
+# Shared sections are identical in all four scripts, except inside <method> fences.
 
 # =================== Imports (shared) ===================
 import argparse
+import inspect
+import io
 import json
 import math
 import os
-import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
-from difflib import get_close_matches
+from collections import defaultdict
+from contextlib import nullcontext, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -48,48 +59,61 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torchvision.utils import save_image
 
-from common import (ARCHS, DATASETS, UserError, batches, choose_device, draw_columns,
-                    environment, gather, load_checkpoint, load_dataset, normalize, open_log,
-                    processes, resnet, restore, save_checkpoint, say, with_progress, wrap)
+from common import (ARCHS, DATASETS, UserError, batches, fill_backbone, load_dataset,
+                    load_weights, normalize, read_checkpoint, resnet, say)
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 
 # =================== 1. Recipe (method) ===================
+METHOD = "moco"
+
+
 def add_recipe(parser):
-    """The numbers that define the experiment, each with its source."""
-    add = parser.add_argument_group("recipe").add_argument
-    add("--lr", type=number(float, 1e-8, 1e3), default=0.03,
-        help="rate at batch 256, linear in the batch [SimSiam App. D, MoCo CIFAR demo]")
-    add("--weight-decay", type=number(float, 0, 1), default=5e-4,
-        help="of all parameters [SimSiam App. D, MoCo CIFAR demo]")
-    add("--sgd-momentum", type=number(float, 0, 1), default=0.9,
-        help="[SimSiam App. D, MoCo CIFAR demo]")
-    add("--warmup", type=share, default=0.0,
-        help="share of all steps in which the learning rate rises linearly [MoCo CIFAR demo]")
-    add("--tau", type=number(float, 1e-3, 1e3), default=0.1, help="[MoCo CIFAR demo]")
-    add("--m", type=number(float, 0, 1), default=0.99, help="of Eq. 2 [MoCo CIFAR demo]")
-    add("--queue", type=number(int, 1, 10**9), default=4096, help="keys K [MoCo CIFAR demo]")
-    add("--proj-layers", type=number(int, 1, 10), default=2,
-        help="layers of the head: 1 is v1's, 2 v2's [MoCo v2 Sec. 3]")
-    add("--symmetric", action=argparse.BooleanOptionalAction, default=True,
-        help="each view is query once: double cost a step, better [MoCo CIFAR demo]")
-    add("--bn-splits", type=number(int, 1, 10**6), default=8,
-        help="parts of a batch with batch statistics of their own [MoCo CIFAR demo]")
+    """Add the numbers that define the experiment, each with its source."""
+    add_flags(parser, [
+        ("--lr", RATE, 0.03, "learning rate at batch size 256, linear in the batch size "
+         "[MoCo CIFAR demo]"),
+        ("--weight-decay", FRACTION, 5e-4, "of all parameters "
+         "[MoCo CIFAR demo]"),
+        ("--sgd-momentum", FRACTION, 0.9, "[MoCo CIFAR demo]"),
+        ("--warmup", SHARE, 0.0, "share of all steps in which the learning rate rises "
+         "linearly [MoCo CIFAR demo]"),
+        ("--tau", RATE, 0.1, "temperature [MoCo CIFAR demo]"),
+        ("--m", FRACTION, 0.99, "of Eq. 2 [MoCo CIFAR demo]"),
+        ("--queue", COUNT, 4096, "keys K [MoCo CIFAR demo]"),
+        ("--proj-layers", COUNT, 2, "layers of the head: v1 has 1, v2 has 2 "
+         "[MoCo v2 Sec. 3]"),
+        ("--symmetric", bool, True, "use each view as query once: twice the cost of a step, "
+         "better [MoCo CIFAR demo]"),
+        ("--bn-splits", COUNT, 8, "parts of a batch with batch statistics of their own "
+         "[MoCo CIFAR demo]"),
+    ])
 
 
-def check_recipe(args):
-    """Exit with a one-line error if flags contradict each other."""
-    world = processes().world
+def check_recipe(args, count=None):
+    """Exit with a one-line error if flags contradict each other or count, the images."""
+    _, world, _ = processes()
     splits = max(1, args.bn_splits // world) * world
     if args.batch_size % splits or args.batch_size == splits:
-        fail(f"--bn-splits: --batch-size must be a multiple of {splits}, at least {2 * splits}")
+        fail(f"--bn-splits: --batch-size must be a multiple of {splits}, at least "
+             f"{2 * splits}")
+    if count is not None and args.queue + args.batch_size > count:
+        fail(f"--queue and --batch-size are together more than the {count} images: try "
+             f"--queue {max(1, count // 2)} --batch-size {max(2, count // 4)} --bn-splits 1")
 
 
 # =================== 2. Views (method) ===================
 def augment(x, args, generator=None):
-    """Two views of every image, small ones without blur [MoCo CIFAR demo].
+    """Two views of every image, with blur only above 64 pixels [MoCo CIFAR demo].
 
-    x: (N, 3, H, W) uint8; returns [x1, x2], each (N, 3, W, W) float32 in [0, 1]
+    x: (N, 3, H, W) uint8; args is not used here
+    Returns [x1, x2], each (N, 3, W, W) float32 in [0, 1].
     """
     x = unit_range(x)
     views = []
@@ -98,21 +122,25 @@ def augment(x, args, generator=None):
         view = random_flip(view, generator)
         view = color_jitter(view, 0.4, 0.4, 0.4, 0.1, 0.8, generator)
         view = random_grayscale(view, 0.2, generator)
-        views.append(random_blur(view, 0.5, generator) if x.shape[3] > 64 else view)
+        if x.shape[3] > 64:
+            view = random_blur(view, 0.5, generator)
+        views.append(view)
     return views
 
 
 # =================== 3. Loss and updates (method) ===================
 def info_nce(q, k, queue, tau):
-    """InfoNCE, Eq. 1: the query's key against the queue's, mean over the batch, in nats.
+    """InfoNCE, Eq. 1: a query's key against the queue's, mean over the batch, in nats.
 
-    q, k: (B, D) queries and their keys, normalised here; queue: (K, D) unit keys; float32 inside
+    q, k: (B, D) queries and their keys, normalised here; queue: (K, D) unit vectors
+    float32 inside; k gets no gradient
     """
-    with torch.autocast(q.device.type, enabled=False):  # a copier may call it under autocast
-        q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
+    with torch.autocast(q.device.type, enabled=False):  # for callers under autocast
+        q = F.normalize(q.float(), dim=1)
+        k = F.normalize(k.detach().float(), dim=1)
         positive = (q * k).sum(1, keepdim=True)  # (B, 1)
         logits = torch.cat([positive, q @ queue.float().T], 1) / tau  # (B, 1 + K)
-        return -logits.log_softmax(1)[:, 0].mean()  # the positive stands first in every row
+        return -logits.log_softmax(1)[:, 0].mean()  # the positive is first in every row
 
 
 @torch.no_grad()
@@ -124,7 +152,10 @@ def momentum_update(f, f_k, m):
 
 @torch.no_grad()
 def enqueue(queue, ptr, k):
-    """Write k (N, D), normalised here, over queue's (K, D) rows from ptr on; the new ptr."""
+    """Write keys over the oldest rows of the queue, in place; return the new pointer.
+
+    queue: (K, D); ptr: its oldest row; k: (N, D), normalised here
+    """
     new = F.normalize(k.float(), dim=1)[-len(queue):]
     row = ptr + len(k) - len(new) + torch.arange(len(new), device=queue.device)
     queue.index_copy_(0, row % len(queue), new)
@@ -132,8 +163,12 @@ def enqueue(queue, ptr, k):
 
 
 # =================== 4. Model (method) ===================
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """As norm, but every splits-th image is a part of its own [MoCo CIFAR demo]."""
+class SplitBatchNorm2d(nn.modules.batchnorm._NormBase):
+    """A batch norm over `splits` interleaved parts of a batch, with statistics of their own.
+
+    norm: an affine BatchNorm2d, whose settings and weights it takes [MoCo CIFAR demo]
+    It is no BatchNorm2d itself, so that SyncBatchNorm's conversion leaves it alone.
+    """
 
     def __init__(self, norm, splits):
         super().__init__(norm.num_features, norm.eps, norm.momentum)
@@ -141,41 +176,49 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.splits = splits
 
     def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        c, s = self.num_features, self.splits
-        mean, var = self.running_mean.repeat(s), self.running_var.repeat(s)
-        parts = x.reshape(-1, c * s, *x.shape[2:])  # a part's channels are channels of their own
-        parts = F.batch_norm(parts, mean, var, self.weight.repeat(s), self.bias.repeat(s),
-                             True, self.momentum, self.eps)
-        self.running_mean.copy_(mean.view(s, c).mean(0))
-        self.running_var.copy_(var.view(s, c).mean(0))
+        n, c, h, w = x.shape
+        splits = self.splits if self.training else 1
+        mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
+        # The channels of a part become channels of their own.
+        parts = F.batch_norm(
+            x.reshape(n // splits, c * splits, h, w), mean, var, self.weight.repeat(splits),
+            self.bias.repeat(splits), self.training, self.momentum, self.eps)
+        self.running_mean.copy_(mean.view(splits, c).mean(0))
+        self.running_var.copy_(var.view(splits, c).mean(0))
         return parts.view(x.shape).contiguous(memory_format=torch.channels_last)
 
 
 class Model(nn.Module):
-    """The networks; base_encoder() makes a backbone that has `num_features`."""
+    """The networks f and g, their slow copies f_k and g_k, and the queue.
 
-    sync_bn = False  # the statistics of one batch would give the answer away [MoCo Sec. 3.3]
+    base_encoder: makes a backbone, images to (B, num_features), with that attribute
+    args: any object with `proj_layers`, `queue`, `symmetric` and `bn_splits`
+    """
+
+    sync_bn = False  # statistics of the whole batch would reveal the positive [Sec. 3.3]
 
     def __init__(self, base_encoder, args):
         super().__init__()
-        self.splits = max(1, args.bn_splits // processes().world)
+        self.splits = max(1, args.bn_splits // processes()[1])
         self.symmetric = args.symmetric
         self.f, self.g = self.encoder(base_encoder, args)
         self.f_k, self.g_k = self.encoder(base_encoder, args)
-        for ours, keys in ((self.f, self.f_k), (self.g, self.g_k)):
-            keys.load_state_dict(ours.state_dict())
-            keys.requires_grad_(False)  # no gradient, only Eq. 2
+        self.f_k.load_state_dict(self.f.state_dict())
+        self.g_k.load_state_dict(self.g.state_dict())
+        self.f_k.requires_grad_(False)  # no gradient, only Eq. 2
+        self.g_k.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(args.queue, 128), dim=1))
         self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
 
     def encoder(self, base_encoder, args):
-        """A backbone with split batch norm and its head: 512-512-128 [MoCo v2], linear [v1]."""
+        """A backbone with split batch norm, and its head, 512-512-128 [MoCo v2]."""
         f = base_encoder()
-        for name, module in [*f.named_modules()] if self.splits > 1 else ():
-            if isinstance(module, nn.BatchNorm2d):
-                f.set_submodule(name, SplitBatchNorm2d(module, self.splits))
+        for name, norm in list(f.named_modules()):
+            if self.splits == 1 or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                continue
+            if type(norm) is not nn.BatchNorm2d or None in (norm.weight, norm.momentum):
+                raise ValueError(f"{name}, {norm}, cannot be split: use --bn-splits 1")
+            f.set_submodule(name, SplitBatchNorm2d(norm, self.splits))
         widths = [*[f.num_features] * args.proj_layers, 128]
         layers = []
         for fan_in, fan_out in zip(widths, widths[1:]):
@@ -184,394 +227,487 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def key(self, x):
-        """Constant keys, computed in an order drawn over all processes: ShuffleBN, Sec. 3.3."""
+        """Keys of x, computed in an order drawn over all processes: ShuffleBN, Sec. 3.3."""
         views, (rank, world, _) = gather(x), processes()
-        order = torch.rand(len(views), device=x.device).argsort()  # 2.11 compiles no randperm
+        # torch.compile of torch 2.11 cannot compile randperm.
+        order = torch.rand(len(views), device=x.device).argsort()
         if world > 1:
             dist.broadcast(order, 0)
-        ours = slice(rank * len(x), (rank + 1) * len(x))
-        x = views[order[ours]].contiguous(memory_format=torch.channels_last)
-        return gather(self.g_k(self.f_k(x)))[order.argsort()[ours]]
+        x = views[order.chunk(world)[rank]].contiguous(memory_format=torch.channels_last)
+        return gather(self.g_k(self.f_k(x)))[order.argsort().chunk(world)[rank]]
 
     def forward(self, x1, x2):
-        """Views (B, 3, H, W) to pairs of a query and its key (B, 128): two if symmetric."""
+        """Views (B, 3, H, W) to pairs of a query and its key, each (B, 128)."""
         pairs = [(x1, x2), (x2, x1)] if self.symmetric else [(x1, x2)]
         return [(self.g(self.f(x)), self.key(other)) for x, other in pairs]
 
 
 # =================== 5. Training (shared, with fences) ===================
 def learning_rate(step, total_steps, base, warmup_steps=0):
-    """Half a cosine from base towards 0 after a linear warmup; step counts from 0."""
+    """A linear warmup to base, then half a cosine towards 0; step counts from 0."""
     if step < warmup_steps:
         return base * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return base * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(args):
-    """Train; log, monitor and save every epoch; return the last epoch's record, a dict."""
-    # Setup: the data on the device, the model, its optimizer, the files of the run.
+def train(args, data, begin=None):
+    """Train on data, a Dataset of common.py; log, monitor and save.
+
+    args: what `parse_args` returns; begin: when the run began, by time.perf_counter
+    Returns the record of the last epoch, a dict.
+    """
+    # Every process trains on its part of each batch. The last images of an epoch's order,
+    # which do not fill a batch, are left out; the next epoch has another order.
     rank, world, _ = processes()
-    device = choose_device(args.device)
+    device = data.mean.device
+    count = len(data.train_images)
+    steps, local_batch = count // args.batch_size, args.batch_size // world
+    total_steps = args.epochs * steps
+    warmup_steps = round(args.warmup * total_steps)
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
-    data = load_dataset(args.dataset, args.data_dir, args.image_size, args.cache_dir, device,
-                        args.skip_broken, args.max_pixels)
-    if world > 1:  # after the data: decoding may outlast the time that processes wait
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    count, size = len(data.train_images), data.train_images.shape[3]
-    steps, local_batch = count // args.batch_size, args.batch_size // world
-    if steps == 0:
-        fail(f"--batch-size {args.batch_size} is more than the {count} images: "
-             f"try {2 ** (count // 2).bit_length()}")
+
+    # Build the network. Up to 64 pixels, its stem keeps the full size of the images.
     torch.manual_seed(args.seed)
-    stem = ("cifar" if size <= 64 else "imagenet") if args.stem == "auto" else args.stem
+    stem = args.stem
+    if stem == "auto":
+        stem = "cifar" if data.train_images.shape[3] <= 64 else "imagenet"
     model = Model(partial(resnet, args.arch, args.width, stem), args)
-    model = model.to(device, memory_format=torch.channels_last)
-    lr = args.lr * args.batch_size / 256  # linear scaling, Goyal et al. 1706.02677
+    model.to(device, memory_format=torch.channels_last)
+
+    # Build the optimizer. Its rate is linear in the batch size [Goyal et al. 1706.02677].
+    lr = args.lr * args.batch_size / 256
     # <method>
-    if args.queue > count - args.batch_size:
-        fail(f"--queue plus --batch-size is more than the {count} images: lower either")
-    parts = [p for p in model.parameters() if p.requires_grad]
+    parts = [*model.f.parameters(), *model.g.parameters()]
     optimizer = torch.optim.SGD(parts, lr, args.sgd_momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
     # </method>
-    knn_every = args.knn_every or max(1, args.epochs // 40)
-    log, record = open_run(args, data, model, optimizer, lr)  # locks --out, resumes
-    network = wrap(model, Model.sync_bn, args.compile, device)
-    monitor = partial(knn_monitor, model.f, data, args, local_batch, autocast)
-    if record is None:
-        record = {"epoch": 0, **monitor()}  # before training
-        save_epoch(log, record, args, model, optimizer, data)
 
-    for epoch in range(record["epoch"] + 1, args.epochs + 1):
-        seed = args.seed * 10**6 + epoch  # so --resume draws what a whole run draws
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        order = order[:steps * args.batch_size].view(steps, world, local_batch)
-        order = order[:, rank].flatten()  # this process's images
-        torch.manual_seed(seed + rank * 10**16)  # no two processes draw the same views
-        losses, stds = both = torch.zeros(2, steps, device=device)
-        start = time.perf_counter()
-        model.train()
-        images = batches(data.train_images, order, local_batch, device, args.workers)
-        for step, x in enumerate(with_progress(images, epoch, steps)):
-            rate = learning_rate((epoch - 1) * steps + step, args.epochs * steps, lr,
-                                 round(args.warmup * args.epochs * steps))
-            for group in optimizer.param_groups:
-                group["lr"] = group.get("fixed_lr", rate)
-            optimizer.zero_grad()
-            views = [normalize(view, data.mean, data.std) for view in augment(x, args)]
-            # <method>
-            with autocast():
-                pairs = network(*views)
-            loss = sum(info_nce(q, k, model.queue, args.tau) for q, k in pairs)  # Eq. 1
-            std = feature_std(pairs[0][0])
-            # </method>
-            loss.backward()
-            optimizer.step()
-            # <method>
-            momentum_update(model.f, model.f_k, args.m)  # Eq. 2 and Alg. 1
-            momentum_update(model.g, model.g_k, args.m)
-            keys = gather(torch.cat([k for _, k in pairs]))  # of all processes: one queue
-            model.ptr.copy_(enqueue(model.queue, model.ptr, keys))
-            # </method>
-            losses[step], stds[step] = loss.detach(), std
-        if world > 1:
-            dist.all_reduce(both.div_(world))
-            for value in model.buffers():  # running statistics, where each process has its own
-                dist.broadcast(value, 0)
-        losses = losses.cpu()  # the epoch's one wait for the device
-        seconds = time.perf_counter() - start
-        if not losses.isfinite().all():
-            step = losses.isfinite().int().argmin().item()
-            fail(f"the loss is {losses[step]} at epoch {epoch}, step {step + 1} of {steps}: "
-                 f"try a lower --lr; epoch {epoch - 1} is saved", status=1)
-        record = {"epoch": epoch, "loss": losses.mean().item(), "std": stds.mean().item(),
-                  "lr": rate, "views_s": steps * args.batch_size * len(views) / seconds,
-                  "seconds": seconds}
-        if epoch % knn_every == 0 or epoch == args.epochs:
-            record |= monitor()
-        save_epoch(log, record, args, model, optimizer, data)
-    if world > 1:
-        del network  # its destructor waits for gloo's thread, that for the GIL (torch 2.11)
-        dist.destroy_process_group()
+    # Continue the run in --out (--resume), or begin one and evaluate it before training.
+    header = describe(args, data)
+    record = restore(args, header, model, optimizer)
+    begin = (begin or time.perf_counter()) - 60 * record.get("minutes", 0)
+    saved_epoch, next_save = record.get("epoch", 0), 0
+    network = wrap(model, args.compile, device)
+    monitor = partial(knn_monitor, model.f, data, args, local_batch, autocast)
+    knn_every = args.knn_every or max(1, args.epochs // 40)
+    with open_log(args, header, record) if rank == 0 else nullcontext() as log:
+        if not record:
+            write_record(log, {"epoch": 0, **monitor()}, args, begin)
+
+        for epoch in range(saved_epoch + 1, args.epochs + 1):
+            # Draw the order of the images and take this process's part of each batch.
+            # A resumed run draws what an uninterrupted run draws.
+            seed = args.seed * 10**6 + epoch
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            order = order[:steps * args.batch_size].view(steps, world, local_batch)
+            order = order[:, rank].flatten()
+            torch.manual_seed(seed + rank * 10**16)  # every process draws its own views
+
+            # Take one optimizer step on each batch.
+            model.train()
+            history = defaultdict(lambda: torch.zeros(steps, device=device))
+            start = time.perf_counter()
+            images = batches(data.train_images, order, local_batch, device, args.workers)
+            for step, x in enumerate(images):
+                rate = learning_rate((epoch - 1) * steps + step, total_steps, lr, warmup_steps)
+                for group in optimizer.param_groups:
+                    if not group.get("fix_lr"):
+                        group["lr"] = rate
+                optimizer.zero_grad()
+                views = [normalize(view, data.mean, data.std) for view in augment(x, args)]
+                # <method>
+                with autocast():
+                    pairs = network(*views)
+                # Eq. 1
+                loss = sum(info_nce(q, k, model.queue, args.tau) for q, k in pairs)
+                figures = {"loss": loss, "std": feature_std(pairs[0][0])}
+                # </method>
+                loss.backward()
+                optimizer.step()
+                # <method>
+                momentum_update(model.f, model.f_k, args.m)  # Eq. 2 and Alg. 1
+                momentum_update(model.g, model.g_k, args.m)
+                keys = gather(torch.cat([k for _, k in pairs]))  # of all processes
+                model.ptr.copy_(enqueue(model.queue, model.ptr, keys))
+                # </method>
+                for name, figure in figures.items():
+                    history[name][step] = figure.detach()
+                if os.isatty(1):  # show in one line how far the epoch is
+                    say(f"epoch {epoch} step {step + 1} of {steps}", end="\r")
+
+            # Average over the processes. All take the first one's running statistics.
+            if world > 1:
+                for values in history.values():
+                    dist.all_reduce(values.div_(world))
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+            losses = history["loss"].cpu()  # the epoch's one wait for the device
+            seconds = time.perf_counter() - start
+            if not losses.isfinite().all():
+                first = losses.isfinite().int().argmin()
+                fail(f"the loss is {losses[first]} at epoch {epoch}, step {first + 1} of "
+                     f"{steps}: try a lower --lr; epoch {saved_epoch} is saved", 1)
+
+            # Monitor, log and save.
+            record = {
+                "epoch": epoch,
+                **{name: values.mean().item() for name, values in history.items()},
+                "lr": rate,  # of the last step
+                "views_s": steps * args.batch_size * len(views) / seconds}
+            if epoch % knn_every == 0 or epoch == args.epochs:
+                record |= monitor()
+            write_record(log, record, args, begin)
+            if rank == 0 and (time.perf_counter() > next_save or epoch == args.epochs):
+                next_save = save_checkpoint(Path(args.out, "checkpoint.pt"), {
+                    **header, "epoch": epoch, "record": record, "mean": data.mean,
+                    "std": data.std, "backbone": model.f.state_dict(),
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+                saved_epoch = epoch
     return record
 
 
 # =================== 6. kNN monitor (shared) ===================
 def knn_monitor(f, data, args, batch_size, autocast):
-    """Percent of the test images whose neighbours name the right class; {} without labels."""
-    if data.test_labels is None:
+    """{"knn": percent of test images whose nearest training images name the right class}.
+
+    Without a test split every training image is tested on all others; without labels, {}.
+    """
+    if data.train_labels is None:
         return {}
-    start = time.perf_counter()
-    bank, queries = (features(f, x, data.mean, data.std, batch_size, autocast)
-                     for x in (data.train_images, data.test_images))
-    knn = knn_accuracy(bank, data.train_labels, queries, data.test_labels,
-                       len(data.classes), args.knn_k, args.knn_tau)
-    return {"knn": knn, "knn_seconds": time.perf_counter() - start}
+    bank = features(f, data.train_images, data, batch_size, autocast)
+    queries, labels, leave_one_out = bank, data.train_labels, data.test_labels is None
+    if not leave_one_out:
+        queries = features(f, data.test_images, data, batch_size, autocast)
+        labels = data.test_labels
+    return {"knn": knn_accuracy(
+        bank, data.train_labels, queries, labels, len(data.classes), args.knn_k,
+        args.knn_tau, leave_one_out)}
 
 
 @torch.no_grad()
-def features(f, images, mean, std, batch_size, autocast):
-    """The frozen backbone's output, in evaluation mode: uint8 (N, 3, H, W) to (N, D) float32."""
-    rank, world, _ = processes()
-    rows = -(-len(images) // world)  # of each process; the last one repeats the last image
-    order = torch.arange(rank * rows, (rank + 1) * rows).clamp(max=len(images) - 1)
-    out = []
-    f.eval()
-    for x in batches(images, order, batch_size, mean.device):
-        with autocast():
-            out.append(f(normalize(x, mean, std)).float())
-    return gather(torch.cat(out))[:len(images)]
+def features(f, images, data, batch_size, autocast):
+    """The frozen backbone's output in evaluation mode, (N, D) float32.
 
-
-def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1):
-    """Percent of queries whose k nearest elect the right class, Wu et al. 1805.01978.
-
-    bank: (N, D), queries: (M, D), normalised here; labels (N,) and (M,) int64
-    Each neighbour votes exp(cosine / tau); a tie goes to the lower class; k is at most N.
+    images: (N, 3, H, W) uint8, data.train_images or data.test_images
     """
-    bank, k, right = bank.float(), min(k, len(bank)), 0  # the bank is large: no second copy
-    length, chunk = bank.norm(dim=1).clamp(min=1e-12), max(1, 2**25 // len(bank))
-    for query, label in zip(queries.split(chunk), labels.split(chunk)):
-        cosine = (F.normalize(query.float(), dim=1) @ bank.T).div_(length)  # 128 MiB at most
-        cosine, index = cosine.topk(k, dim=1)  # (chunk, k)
-        vote = ((cosine - cosine[:, :1]) / tau).exp()  # the nearest votes 1: no overflow
-        votes = vote.new_zeros(len(vote), num_classes).scatter_add_(1, bank_labels[index], vote)
-        right = right + (votes.argmax(1) == label).sum()
+    rank, world, _ = processes()
+    rows = math.ceil(len(images) / world)  # of each process; the last image may be repeated
+    order = torch.arange(rank * rows, (rank + 1) * rows).clamp(max=len(images) - 1)
+    parts = []
+    f.eval()
+    for x in batches(images, order, batch_size, data.mean.device, workers=8):
+        with autocast():
+            parts.append(f(normalize(x, data.mean, data.std)).float())
+    return gather(torch.cat(parts))[:len(images)]
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1,
+                 leave_one_out=False):
+    """Percent of queries whose k nearest neighbours elect the right class.
+
+    [Wu et al. 1805.01978]
+    bank: (N, D) and queries: (M, D) features, normalised here; their labels (N,), (M,)
+    int64
+    leave_one_out: queries are the bank, and none is its own neighbour
+    A neighbour's vote is exp(cosine / tau). A tie goes to the lower class. k is at most
+    N.
+    """
+    bank = F.normalize(bank.float(), dim=1)
+    k = min(k, len(bank))
+    rows, right = max(1, 2**25 // len(bank)), 0  # queries at a time: 128 MiB of cosines
+    parts = zip(queries.split(rows), labels.split(rows))
+    for number, (query, label) in enumerate(parts):
+        cosine = F.normalize(query.float(), dim=1) @ bank.T
+        if leave_one_out:
+            cosine.diagonal(number * rows).fill_(-math.inf)  # its vote is 0
+        cosine, index = cosine.topk(k, dim=1)  # (rows, k)
+        vote = torch.softmax(cosine / tau, 1)  # exp(cosine / tau), of a sum of 1
+        votes = vote.new_zeros(len(vote), num_classes)
+        votes.scatter_add_(1, bank_labels[index], vote)
+        right += (votes.argmax(1) == label).sum()
     return 100 * right.item() / len(queries)
 
 
 def feature_std(z):
-    """Mean std of a channel of l2-normalised z (B, D) times sqrt(D): 1 healthy, 0 collapsed."""
-    return F.normalize(z.detach().float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
+    """Standard deviation of l2-normalised z (B, D), mean over channels, times sqrt(D).
+
+    About 1 for healthy outputs, 0 for collapsed ones [SimSiam Fig. 2].
+    """
+    z = F.normalize(z.detach().float(), dim=1)
+    return z.std(0).mean() * z.shape[1] ** 0.5
 
 
 # =================== 7. Augmentation operations (shared) ===================
 def unit_range(x):
-    """uint8 (N, 3, H, W) to float32 in [0, 1]; ValueError for what has no three colours."""
-    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
+    """uint8 (N, 3, H, W) to float32 in [0, 1]; ValueError for any other images."""
+    if x.dtype != torch.uint8 or x.shape[1:-2] != (3,):
         raise ValueError("colour jitter and grey need uint8 images (N, 3, H, W), "
                          f"not {x.dtype} {tuple(x.shape)}")
     return x.float() / 255
+
+
+def uniform(x, generator, *shape):
+    """Random numbers (N, *shape) in [0, 1) for images x (N, ...), on their device.
+
+    All random numbers and coordinates here are float32, whatever the default dtype is.
+    """
+    return torch.rand(
+        len(x), *shape, generator=generator, device=x.device, dtype=torch.float32)
 
 
 def crop_resize(x, boxes, size):
     """Cut and resize a box of each image, as torchvision's resized_crop(antialias=False).
 
     x: (N, 3, H, W); boxes: (N, 4) top, left, height, width in pixels
-    Returns (N, 3, size, size) float32. Row i of an axis's matrix weighs the two pixels j around
-    the point at_i, which is inside the box, by 1 - |at_i - j|.
+    Returns (N, 3, size, size) float32. Resizing is linear: a matrix product on each axis.
+    Output pixel i shows the point at_i of the box. Row i of the axis's matrix has weights
+    for the two input pixels j around that point: 1 - |at_i - j|.
     """
     def weights(start, length, pixels):
-        at = (torch.arange(size, device=x.device) + 0.5) * (length / size)[:, None] - 0.5
-        at = torch.minimum(at.clamp_(min=0), length[:, None] - 1) + start[:, None]
-        distance = (at[:, :, None] - torch.arange(pixels, device=x.device)).abs_()
+        at = torch.arange(0.5, size, device=x.device, dtype=torch.float32)
+        at = at * (length / size)[:, None] - 0.5
+        at = torch.minimum(
+            at.clamp_(min=0), length[:, None] - 1) + start[:, None]
+        distance = (at[:, :, None]
+                    - torch.arange(pixels, device=x.device)).abs_()
         return distance.neg_().add_(1).clamp_(min=0)  # (N, size, pixels)
 
     top, left, height, width = boxes.float().unbind(1)
-    rows, columns = weights(top, height, x.shape[2]), weights(left, width, x.shape[3])
-    with torch.autocast(x.device.type, enabled=False):  # a copier's bf16 would lose pixel bits
+    rows = weights(top, height, x.shape[2])
+    columns = weights(left, width, x.shape[3])
+    # Without autocast: bf16 has 8 bits of precision, as many as a pixel.
+    with torch.autocast(x.device.type, enabled=False):
         return rows[:, None] @ x.float() @ columns[:, None].mT
 
 
 def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
-    """Crop a random box of each image as RandomResizedCrop: ten tries, then the largest centre.
+    """Crop a random box of each image, as torchvision's RandomResizedCrop.
 
+    The first of ten random boxes that fits is taken, else the largest one in the centre.
     x: (N, 3, H, W); scale: the box's share of the area; ratio: width / height
     Returns (N, 3, size, size) float32.
     """
     n, _, h, w = x.shape
-    u = torch.rand(4, n, 10, generator=generator, device=x.device)
+    u = torch.rand(
+        4, n, 10, generator=generator, device=x.device, dtype=torch.float32)
     area = h * w * (scale[0] + (scale[1] - scale[0]) * u[0])
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** u[1]  # log-uniform
-    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    width = (area * aspect).sqrt().round()
+    height = (area / aspect).sqrt().round()
     fits = (width > 0) & (width <= w) & (height > 0) & (height <= h)
-    missed, first = ~fits.any(1), fits.int().argmax(1, keepdim=True)
-    width = width.gather(1, first)[:, 0].where(~missed, min(w, round(h * ratio[1])))
-    height = height.gather(1, first)[:, 0].where(~missed, min(h, round(w / ratio[0])))
-    spare = torch.stack([h - height, w - width])  # (2, N): the lowest top, the rightmost left
-    top, left = torch.where(missed, spare // 2,
-                            (u[2:, :, 0] * (spare + 1)).floor().minimum(spare))
+    missed = ~fits.any(1)
+    first = fits.int().argmax(1, keepdim=True)
+    # The first try that fits, or the largest centred box whose ratio is allowed.
+    width = width.gather(1, first)[:, 0]
+    height = height.gather(1, first)[:, 0]
+    width = width.where(~missed, min(w, round(h * ratio[1])))
+    height = height.where(~missed, min(h, round(w / ratio[0])))
+    # A random place for it: (2, N), the space that is left above and beside the box.
+    spare = torch.stack([h - height, w - width])
+    place = (u[2:, :, 0] * (spare + 1)).floor().minimum(spare)
+    top, left = torch.where(missed, spare // 2, place)
     return crop_resize(x, torch.stack([top, left, height, width], 1), size)
+
+
+def randomly(x, changed, p, generator):
+    """Replace each image of x by that of changed with probability p."""
+    return torch.where(uniform(x, generator, 1, 1, 1) < p, changed, x)
 
 
 def random_flip(x, generator=None):
     """Mirror each image left to right with probability 1/2."""
-    flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
-    return torch.where(flip, x.flip(3), x)
+    return randomly(x, x.flip(3), 0.5, generator)
 
 
 def grayscale(x):
-    """The luma of ITU-R BT.601, as torchvision weighs it: (N, 3, H, W) to (N, 1, H, W)."""
+    """The luma of ITU-R BT.601, as torchvision has it: (N, 3, H, W) to (N, 1, H, W)."""
     r, g, b = x.unbind(1)
     return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
 
 
 def adjust_brightness(x, factor):
-    """Scale each image x (N, 3, H, W) in [0, 1] by its factor (N,)."""
+    """Multiply each image x (N, 3, H, W) in [0, 1] by its factor (N,)."""
     return (x * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_contrast(x, factor):
-    """Scale each pixel's distance from its image's mean luma by the image's factor (N,)."""
+    """Multiply each pixel's distance from its image's mean luma by a factor (N,)."""
     mean = grayscale(x).mean((2, 3), keepdim=True)
     return torch.lerp(mean, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_saturation(x, factor):
-    """Scale each pixel's distance from its own luma by the image's factor (N,)."""
-    return torch.lerp(grayscale(x), x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+    """Multiply each pixel's distance from its own luma by the image's factor (N,)."""
+    luma = grayscale(x)
+    return torch.lerp(luma, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_hue(x, factor):
-    """Turn each image's hue by its factor (N,), a part of the circle; grey stays grey."""
+    """Turn each image's hue by its factor (N,), a share of the colour circle."""
     r, g, b = x.unbind(1)
     high, low = x.amax(1), x.amin(1)
     span = high - low
     div = span.where(span > 0, 1)
-    hue = torch.where(high == r, (g - b) / div,
-                      torch.where(high == g, 2 + (b - r) / div, 4 + (r - g) / div))
-    hue = (hue + 6 * factor.view(-1, 1, 1)).remainder_(6)  # red is 0, green 2, blue 4
-    r, g, b = (hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()
-    return torch.stack([torch.addcmul(low, span, part.clamp_(0, 1)) for part in (r, g, b)], 1)
+    # Hue from 0 to 6: red is 0, green 2, blue 4.
+    other = torch.where(high == g, 2 + (b - r) / div, 4 + (r - g) / div)
+    hue = torch.where(high == r, (g - b) / div, other)
+    hue = (hue + 6 * factor.view(-1, 1, 1)).remainder_(6)
+    r = (hue - 3).abs_() - 1
+    g, b = 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()
+    channels = [torch.addcmul(low, span, channel.clamp_(0, 1))
+                for channel in (r, g, b)]
+    return torch.stack(channels, 1)
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, p, generator=None):
-    """torchvision's ColorJitter with probability p an image, factors are the image's own.
+    """torchvision's ColorJitter with probability p; each image has its own factors.
 
-    The order of the four operations is drawn once a batch, not once an image.
+    brightness, contrast, saturation, hue: strengths, at most 1
+    The order of the four operations is drawn once per batch, not once per image.
     """
-    jitter = torch.rand(len(x), generator=generator, device=x.device) < p
+    jitter = uniform(x, generator) < p
 
     def draw(centre, strength):
-        u = torch.rand(len(x), generator=generator, device=x.device)
-        low = max(0, centre - strength) if centre else -strength
-        return (low + (centre + strength - low) * u).where(jitter, centre)  # centre: as it was
+        low = centre - strength
+        factor = low + (centre + strength - low) * uniform(x, generator)
+        return factor.where(jitter, centre)  # the centre changes nothing
 
-    steps = [
-        (adjust_brightness, draw(1, brightness)), (adjust_contrast, draw(1, contrast)),
-        (adjust_saturation, draw(1, saturation)), (adjust_hue, draw(0, hue))]
-    # On the host: asking a GPU for the order would make the host wait for it.
+    operations = [
+        (adjust_brightness, draw(1, brightness)),
+        (adjust_contrast, draw(1, contrast)),
+        (adjust_saturation, draw(1, saturation)),
+        (adjust_hue, draw(0, hue)),
+    ]
+    # Drawn on the host: asking a GPU for the order would make the host wait for it.
     order = torch.randperm(4, generator=generator if x.device.type == "cpu" else None)
-    for operation, factor in [steps[i] for i in order.tolist()]:
-        x = operation(x, factor)
+    for number in order.tolist():
+        adjust, factor = operations[number]
+        x = adjust(x, factor)
     return x
 
 
 def random_grayscale(x, p, generator=None):
     """Replace each image by its luma with probability p."""
-    gray = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < p
-    return torch.where(gray, grayscale(x), x)
+    return randomly(x, grayscale(x), p, generator)
 
 
 def gaussian_blur(x, sigma):
-    """Blur each image by its sigma (N,) pixels, kernel a tenth of the side [SimCLR App. A]."""
+    """Blur each image by its sigma (N,) in pixels.
+
+    The kernel is a tenth of the side wide [SimCLR App. A].
+    """
     n, c, h, w = x.shape
     half = max(1, min(h, w) // 20)
     at = torch.arange(-half, half + 1, device=x.device)
     kernel = torch.softmax(-0.5 * (at / sigma[:, None]).square(), 1)  # (N, 2 half + 1)
     kernel = kernel.repeat_interleave(c, 0)[:, None, None]
     x = F.pad(x, 4 * [half], mode="reflect").flatten(0, 1)[None]  # (1, 3N, ., .)
-    with torch.autocast(x.device.type, enabled=False):  # likewise for copiers
-        x = F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c)
+    with torch.autocast(x.device.type, enabled=False):  # as in crop_resize
+        x = F.conv2d(x, kernel, groups=n * c)
+        x = F.conv2d(x, kernel.mT, groups=n * c)
     return x.view(n, c, h, w)
 
 
 def random_blur(x, p, generator=None):
-    """Blur each image with probability p, sigma uniform in 0.1-2 pixels [SimCLR App. A]."""
-    sigma = 0.1 + 1.9 * torch.rand(len(x), generator=generator, device=x.device)
-    blur = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < p
-    return torch.where(blur, gaussian_blur(x, sigma), x)
+    """Blur each image with probability p; sigma is 0.1 to 2 pixels [SimCLR App. A]."""
+    sigma = 0.1 + 1.9 * uniform(x, generator)
+    return randomly(x, gaussian_blur(x, sigma), p, generator)
 
 
 # =================== 8. Options (shared) ===================
 def fail(message, status=2):
     """End the program with one line on standard error."""
-    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")  # in one piece
+    words = str(message).split()
+    sys.stderr.write(f"error: {' '.join(words)}\n")  # one line, in one write
     raise SystemExit(status)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of every flag that has one."""
-
-    def _get_help_string(self, action):
-        unset = action.default is None or action.default is False
-        return action.help if unset else super()._get_help_string(action)
-
-
-def number(kind, low, high):
-    """An argparse type: an int or a float from low to high; nan and inf are outside."""
-    def parse(text):
+def within(kind, low, high, unit=""):
+    """An argparse type: an int or a float from low to high, so neither nan nor inf."""
+    def number(text):  # argparse's message has this name
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}{unit}")
         return value
-    parse.__name__ = "whole number" if kind is int else "number"  # for argparse's message
-    return parse
+    return number
 
 
-def share(text):
-    """An argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not from 0 to 1: give a share of all steps, 0.05 for 10 of 200 epochs")
-    return value
+def file_path(text):
+    """An argparse type for all paths: `~` is the home folder; no path may be empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path: is a variable of the shell unset?")
+    return os.path.expanduser(text)
 
 
-def parse_args(argv=None):
-    """Read the flags, check all that needs no data; end what is wrong in one line, status 2."""
+COUNT = within(int, 1, 10**9)
+RATE = within(float, 1e-8, 1e3)
+FRACTION = within(float, 0, 1)
+SHARE = within(float, 0, 1, ", as a share of all steps: 0.05 is 10 of 200 epochs")
+FLAGS = [  # name, type or choices, default, meaning
+    # Data
+    ("--dataset", DATASETS, "cifar10",
+     "folder: any images; shapes: drawn, needs no files"),
+    ("--data-dir", file_path, "data", "the folder, or where CIFAR is downloaded to"),
+    ("--cache-dir", file_path, None, "for a folder's decoded images; None is --data-dir"),
+    ("--skip-broken", bool, False, "leave out files that cannot be read"),
+    ("--max-pixels", COUNT, None, "refuse larger images; None is 179 million"),
+    ("--image-size", within(int, 8, 4096), None, "pixels; None is 32, and for a folder "
+     "224, or the side of its images if all are squares of one smaller side"),
+    ("--workers", COUNT, 8, "threads that gather images that do not fit on the device"),
+    # Network
+    ("--arch", tuple(ARCHS), "resnet18", "backbone"),
+    # Below 16 channels torch 2.11 to 2.15 corrupts memory (on the CPU, channels_last, in
+    # 1x1 convolutions with stride 2).
+    ("--width", within(float, 0.25, 16), 1.0, "multiplies channel counts"),
+    ("--stem", ("auto", "cifar", "imagenet"), "auto", "cifar: 3x3 convolution, no "
+     "max-pool; imagenet: 7x7, max-pool; auto: cifar up to 64 pixels"),
+    ("--init", file_path, None, "begin with the weights of this checkpoint, or with those "
+     "of a ResNet in torchvision's names"),
+    # Run
+    ("--epochs", COUNT, 200, "passes over the images"),
+    ("--batch-size", within(int, 2, 10**6), 512, "images in a step, of all processes"),
+    ("--seed", within(int, 0, 10**9), 0, "the same seed makes the same run"),
+    ("--device", ("auto", "cuda", "cpu", "mps"), "auto", "auto: the best there is"),
+    ("--precision", ("auto", "bf16", "fp32"), "auto", "auto: bf16 on CUDA, else fp32, "
+     "as bf16 is far slower on most CPUs"),
+    ("--compile", bool, None, "torch.compile the network; None is yes on one CUDA GPU"),
+    # Output
+    ("--out", file_path, None, "folder of log and checkpoint"),
+    ("--resume", bool, False, "continue the run in --out, or begin it"),
+    ("--overwrite", bool, False, "replace the run in --out"),
+    ("--save-views", file_path, None, "draw eight images and their views as a PNG"),
+    # Monitor
+    ("--knn-every", COUNT, None, "epochs between two kNN accuracies, which are also "
+     "taken before training and at the end; None is a fortieth of the epochs"),
+    ("--knn-k", COUNT, 200, "neighbours [MoCo CIFAR demo]"),
+    ("--knn-tau", RATE, 0.1, "temperature of a neighbour's vote "
+     "[MoCo CIFAR demo]"),
+]
+
+
+def add_flags(parser, flags):
+    """Add flags to a parser: (name, type or choices, default, meaning) of each."""
+    for name, kind, default, meaning in flags:
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(name, default=default, help=meaning, **how)
+
+
+def parse_args(argv=None, method=METHOD):
+    """Read the flags, check all that needs no data; exit with one line if one is wrong."""
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], usage="%(prog)s [flags]",
-        formatter_class=Help, allow_abbrev=False)
+        description=f"Train {method}. The file itself explains the method.",
+        usage="%(prog)s [flags]", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="cifar10",
-        help="folder: any images; shapes: drawn, needs no files")
-    add("--data-dir", default="data", help="the images, or where CIFAR is downloaded to")
-    add("--cache-dir", help="for a folder's decoded images (default: in --data-dir)")
-    add("--skip-broken", action="store_true", help="go on without files that cannot be read")
-    add("--max-pixels", type=number(int, 1, 10**12), help="refuse larger; default: 179 million")
-    add("--image-size", type=number(int, 8, 4096), help="pixels (default: 32, folder 224)")
-    add("--workers", type=number(int, 1, 1024), default=min(8, os.cpu_count() or 1),
-        help="threads that gather training images that do not fit on the device")
-    add = parser.add_argument_group("network").add_argument
-    add("--arch", choices=ARCHS, default="resnet18", help="backbone")
-    # Below 16 channels torch 2.11 to 2.15 corrupts memory (CPU, channels_last, 1x1, stride 2).
-    add("--width", type=number(float, 0.25, 16), default=1.0, help="multiplies channel counts")
-    add("--stem", choices=("auto", "cifar", "imagenet"), default="auto",
-        help="auto: cifar (3x3, no max-pool) up to 64 pixels")
-    add("--init", metavar="PATH", help="begin with these weights: a checkpoint or torchvision's")
-    add = parser.add_argument_group("run").add_argument
-    add("--epochs", type=number(int, 1, 10**6), default=200, help="passes over the data")
-    add("--batch-size", type=number(int, 2, 10**6), default=512, help="images a step")
-    add("--seed", type=number(int, 0, 10**9), default=0, help="same seed, same run")
-    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="auto: best")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="auto: bf16 on CUDA, else fp32; bf16 is far slower on CPUs without it")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the network (default: on CUDA without SyncBatchNorm)")
-    add = parser.add_argument_group("output").add_argument
-    add("--out", default=f"runs/{Path(__file__).stem}", help="folder of log and checkpoint")
-    add("--resume", action="store_true", help="go on from --out, all else the same")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--save-views", metavar="PNG", help="draw eight images and their views first")
-    add = parser.add_argument_group("monitor").add_argument
-    add("--knn-every", type=number(int, 1, 10**6),
-        help="epochs between two kNN accuracies; also before training and at the end "
-             "(default: a fortieth of the epochs, at least 1)")
-    add("--knn-k", type=number(int, 1, 10**6), default=200, help="neighbours [MoCo demo]")
-    add("--knn-tau", type=number(float, 1e-3, 1e3), default=0.1,
-        help="temperature of a neighbour's vote [MoCo CIFAR demo]")
+    add_flags(parser, FLAGS)
     add_recipe(parser)
-    (args, unknown), world = parser.parse_known_args(argv), processes().world
-    if unknown:
-        flags = parser._option_string_actions  # with the --no- forms
-        near = get_close_matches(unknown[0], flags, 1, 0.7) or ["one that --help shows"]
-        fail(f"{unknown[0]} is not a flag: did you mean {near[0]}?")
-    if args.resume and args.overwrite:
-        fail("--resume and --overwrite exclude each other")
+    parser.set_defaults(method=method, out=f"runs/{method}")
+    args = parser.parse_args(argv)
+    world = processes()[1]
     if args.batch_size % world or args.batch_size < 2 * world:
         fail(f"--batch-size {args.batch_size} cannot be split over {world} processes: each "
              "needs the same number of images, at least 2")
@@ -579,80 +715,247 @@ def parse_args(argv=None):
     return args
 
 
-# =================== 9. Run files (shared) ===================
-def open_run(args, data, model, optimizer, lr):
-    """Lock --out, restore what --resume goes on from, begin the log or cut it there.
+# =================== 9. Devices, processes and run files (shared) ===================
+SAVE_PAUSE = 20  # the next save waits this many times the last one's seconds
+# Flags that may differ when a run is continued; all others must be the same.
+MAY_CHANGE = (
+    "data_dir", "cache_dir", "max_pixels", "workers", "init", "device", "compile", "out",
+    "resume", "overwrite", "save_views", "knn_every", "knn_k", "knn_tau")
 
-    Returns the open log, None but in the first process, and the restored epoch's record.
+
+def processes():
+    """Rank, number of processes, rank on this machine, set by torchrun; else 0, 1, 0."""
+    def variable(name, default):
+        return int(os.environ.get(name) or default)
+
+    local_rank = variable("LOCAL_RANK", 0)
+    if dist.is_initialized():  # perhaps by another launcher
+        return dist.get_rank(), dist.get_world_size(), local_rank
+    rank, world = variable("RANK", 0), variable("WORLD_SIZE", 1)
+    if rank >= world or world < variable("SLURM_NTASKS", 1):
+        fail("start several processes by torchrun, not by hand or as tasks of Slurm")
+    return rank, world, local_rank
+
+
+def start_process(name):
+    """The device of that name, or the best for "auto"; torchrun's processes meet here."""
+    rank, world, local_rank = processes()
+    best = torch.accelerator.current_accelerator(check_available=True)
+    device = best or torch.device("cpu")
+    if name != "auto":
+        device = torch.device(name)
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(local_rank)
+            torch.backends.cudnn.benchmark = True  # time each shape's convolutions once
+        torch.zeros(1, device=device)  # fails if there is no such device
+        if world > 1:  # a long timeout: the others wait while one process decodes
+            dist.init_process_group(timeout=timedelta(days=1))
+    except (AssertionError, RuntimeError, ValueError) as problem:
+        raise UserError(f"--device {name}, process {rank} of {world}: {problem}")
+    return device
+
+
+def wrap(model, compiled, device):
+    """The model as training calls it: spread over the processes, and compiled.
+
+    compiled: whether to compile; None is yes on one CUDA GPU
     """
-    path, saved, name = Path(args.out, "checkpoint.pt"), {}, Path(__file__).stem
-    if args.resume and path.exists():
-        saved = load_checkpoint(path, name, args, data)
-        model.load_state_dict(saved["model"])
-        # Of the optimizer the momenta alone: all else is as this run and its device have it.
-        momenta = saved["optimizer"]["state"]
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": momenta})
-    elif args.init:
-        restore(model, args.init)
-    if processes().rank > 0:
-        return None, saved.get("record")
-    if args.save_views:
-        images = data.train_images[::max(1, len(data.train_images) // 8)][:8]  # of all classes
-        draw_columns(args.save_views, [images / 255, *augment(images, args)], args)
-    log = open_log(path.with_name("log.jsonl"), saved.get("log_end", 0), args.overwrite)
-    if not saved:
-        path.unlink(missing_ok=True)  # a run killed early must not resume as the one before it
-    count, tests = len(data.train_images), len(data.test_images)
-    header = {
-        "method": name, "args": vars(args), "lr": lr, "images": count, "test_images": tests,
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "processes": processes().world, **environment(data.mean.device)}
-    log.write(json.dumps(header) + "\n")
-    log.flush()
-    knn = "no labels, no kNN" if data.test_labels is None else f"kNN of {tests}"
-    say(f"{name}: {args.arch} on {header['device']}; {args.dataset}, {count} images, {knn}\n"
-        f"{args.epochs - saved.get('epoch', 0)} of {args.epochs} epochs to go, "
-        f"{count // args.batch_size} steps each, to {args.out}")
-    return log, saved.get("record")
+    network, several = model, dist.is_initialized()
+    if several:
+        if model.sync_bn and device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+        network = nn.parallel.DistributedDataParallel(model)
+    if compiled is None:
+        compiled = device.type == "cuda" and not several
+    if compiled:
+        network = torch.compile(network, mode="reduce-overhead")  # with CUDA graphs
+    return network
 
 
-def save_epoch(log, record, args, model, optimizer, data):
-    """Log an epoch, save it, print it; the first process does, for all."""
+def gather(x):
+    """Rows x (N, ...) of all processes, in the order of their ranks, with gradient.
+
+    For a loss that every process computes of all rows: a process's own rows carry the
+    gradient, times the number of processes, because DistributedDataParallel takes the
+    mean over them.
+    """
+    if not dist.is_initialized():
+        return x
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach())
+    parts[dist.get_rank()] = x.detach() + len(parts) * (x - x.detach())  # x, to the bit
+    return torch.cat(parts)
+
+
+def restore(args, header, model, optimizer):
+    """Continue the run that is saved in --out (--resume), or begin, perhaps by --init.
+
+    Returns the record of the epoch that was saved, {} for a run that begins.
+    Raises UserError if the saved run had other settings or data.
+    """
+    path = Path(args.out, "checkpoint.pt")
+    if not (args.resume and path.exists()):
+        if args.init:
+            begin_with(model, args.init)
+        return {}
+    saved = read_checkpoint(path)
+    theirs = {**saved["args"], **saved.get("data", {})}
+    if "warmup_epochs" in theirs:  # checkpoints of earlier versions
+        theirs["warmup"] = theirs["warmup_epochs"] / theirs["epochs"]
+    changed = [f"{name} was {theirs[name]} and is {value}"
+               for name, value in {**header["args"], **header["data"]}.items()
+               if name not in MAY_CHANGE and theirs.get(name, value) != value]
+    if changed:
+        raise UserError(
+            f"{path} was made with other settings: {', '.join(changed)}; give those, or "
+            f"begin a new run with its weights: --init {path} and another --out")
+    model.load_state_dict(saved["model"])
+    # Only the momentum buffers: learning rate and other settings come from this run.
+    optimizer.load_state_dict(
+        {**optimizer.state_dict(), "state": saved["optimizer"]["state"]})
+    return saved["record"]
+
+
+def begin_with(model, path):
+    """Load all tensors of a checkpoint that fit the model; say which are new in it."""
+    weights, saved, _ = load_weights(path)
+    fill_backbone(model.f, weights)  # raises UserError if it is another network
+    theirs = {f"{f}.{name}": x for name, x in weights.items() for f in ("f", "f_k")}
+    theirs |= saved.get("model", {})
+    fitting = {name: theirs[name] for name, x in model.state_dict().items()
+               if name in theirs and theirs[name].shape == x.shape}
+    new = model.load_state_dict(fitting, strict=False).missing_keys
+    say(f"begins with {path}; new, as absent there or of another shape: {new}")
+
+
+def kept_lines(path, record):
+    """The lines of a log up to the saved epoch; UserError if its checkpoint is lost."""
+    lines, last = [], 0
+    path.touch()
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):  # raised for a line that a kill has cut
+            last = json.loads(line).get("epoch", 0)
+            if last <= record.get("epoch", -1):
+                lines.append(line)
+    if last > 0 and not record:
+        raise UserError(f"{path} lacks a checkpoint beside it: restore it, or --overwrite")
+    return lines
+
+
+def describe(args, data):
+    """The header of the log: what is trained, on what, where, and by which code."""
+    name, commit = data.mean.device.type, None
+    if name == "cuda":
+        name = torch.cuda.get_device_name()
+    if shutil.which("git"):
+        folder = os.path.dirname(inspect.getfile(resnet))
+        command = ["git", "-C", folder, "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    about = {"images": len(data.train_images), "pixels": data.train_images.shape[3],
+             "mean": f"{data.mean.cpu()}"}
+    return {"args": vars(args), "data": about, "commit": commit,
+            "torch": f"{torch.__version__}",
+            "device": f"{name}, {torch.get_num_threads()} threads"}
+
+
+def open_log(args, header, record):
+    """Open and lock the log: its lines up to the saved epoch, and a new header."""
+    path = Path(args.out, "log.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [] if args.overwrite else kept_lines(path, record)
+    log = open(path, "a")
+    try:
+        if fcntl:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        log.close()
+        raise UserError(f"{path} is locked by another process: choose another --out")
+    if not record:  # a run that is killed early must not resume as the one before it
+        path.with_name("checkpoint.pt").unlink(missing_ok=True)
+    log.truncate(0)
+    print(*lines, json.dumps(header), sep="\n", file=log, flush=True)
+    say(f"{args.method}: {args.arch} on {header['device']}; {header['data']}\n"
+        f"epoch {record.get('epoch', 0)} of {args.epochs}, kNN with k = "
+        f"{min(args.knn_k, header['data']['images'])}, to {args.out}")
+    return log
+
+
+def write_record(log, record, args, begin):
+    """Add the minutes since the run began to an epoch's record; log and print it."""
+    record["minutes"] = (time.perf_counter() - begin) / 60
     if log is None:
         return
-    log.write(json.dumps(record) + "\n")
-    log.flush()
-    save_checkpoint(Path(args.out, "checkpoint.pt"), {
-        "method": Path(__file__).stem, "args": vars(args), "epoch": record["epoch"],
-        "record": record, "log_end": log.tell(), "images": len(data.train_images),
-        "mean": data.mean, "std": data.std, "backbone": model.f.state_dict(),
-        "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    line = " ".join(f"{key}={value:.4g}" for key, value in record.items())
+    print(json.dumps(record), file=log, flush=True)
+    line = " ".join(f"{name}={value:.4g}" for name, value in record.items())
     if record["epoch"] > 0:
-        line += f" left={(args.epochs - record['epoch']) * record['seconds'] / 60:.0f}min"
-    say(line + (" warning: std says collapsed" if record.get("std", 1) < 0.1 else ""))
-    if record["epoch"] == args.epochs:
-        say(f"wrote {args.out}; next: python linear_eval.py {shlex.quote(args.out)}/checkpoint.pt")
+        line += f" left={record['minutes'] * (args.epochs / record['epoch'] - 1):.0f}min"
+    if record.get("std", 1) < 0.1:
+        line += " warning: the outputs have collapsed (std)"
+    say(line)
 
 
-def main(argv=None):
-    """Train as the flags say, return the last epoch's record; end what stops it in one line."""
-    args = parse_args(argv)
-    if Path(args.out, "checkpoint.pt").exists() and not (args.resume or args.overwrite):
-        fail(f"{args.out} holds a run: --resume goes on with it, --overwrite replaces it")
+def save_checkpoint(path, state):
+    """Save a run; return when the next save is due, by time.perf_counter.
+
+    The checkpoint is serialised in memory, written to a temporary file and renamed, so
+    that it is whole or absent at any moment. Raises OSError if the disk is full.
+    """
+    start = time.perf_counter()
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(buffer.getbuffer())
+    temporary.replace(path)
+    end = time.perf_counter()
+    return end + SAVE_PAUSE * (end - start)
+
+
+def draw_views(args, data):
+    """Draw the first eight images and their views, as columns of a picture."""
+    images = data.train_images[:8]
+    columns = [F.interpolate(column, images.shape[2:])
+               for column in (images / 255, *augment(images, args))]
+    rows = torch.stack(columns, 1).flatten(0, 1)
+    save_image(rows, args.save_views, "png", nrow=len(columns))
+
+
+def main(argv=None, method=METHOD):
+    """Train as the flags say; return the last epoch's record; errors are one line.
+
+    method: the name in the log and of the folder in runs/
+    """
+    begin = time.perf_counter()
+    args = parse_args(argv, method)
+    run = [x for x in ("checkpoint.pt", "log.jsonl") if Path(args.out, x).exists()]
+    if run and args.resume == args.overwrite:
+        fail(f"{args.out} holds a run: either --resume or --overwrite it")
     try:
-        return train(args)
-    except (OSError, UserError) as problem:
+        device = start_process(args.device)
+        _, world, local_rank = processes()
+        if local_rank > 0:  # a machine's first process downloads or decodes for all
+            dist.barrier()
+        data = load_dataset(args.dataset, args.data_dir, args.image_size, args.cache_dir,
+                            device, args.skip_broken, args.max_pixels)
+        if world > 1 and local_rank == 0:
+            dist.barrier()
+        check_recipe(args, len(data.train_images))
+        if args.save_views:
+            draw_views(args, data)
+        record = train(args, data, begin)
+    except (OSError, UserError, MemoryError) as problem:
         fail(problem)
-    except KeyboardInterrupt:
-        again = "the same command with"
-        if argv is None and processes().world == 1:
-            again = shlex.join(x for x in sys.orig_argv if x not in ("--overwrite", "--resume"))
-        if processes().rank == 0:
-            sys.stderr.write(f"stopped: what is saved goes on with: {again} --resume\n")
-        raise SystemExit(128 + signal.SIGINT) from None
+    except RuntimeError as problem:
+        if "memory" not in str(problem):
+            raise
+        fail(f"try a smaller batch, network or image size: {problem}", 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    say(f"wrote {args.out}; next: python linear_eval.py {args.out}")
+    return record
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()
