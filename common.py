@@ -1,8 +1,8 @@
 """Data loading and ResNet backbones for the four methods.
 
-A method's script runs with this file beside it, so whoever copies a method copies two files.
-Images are uint8 tensors (N, 3, H, W) until they are on the device, and small data sets are kept
-there whole.
+A method's script runs with this file beside it, so whoever copies a method copies two
+files. Images are uint8 tensors (N, 3, H, W) until they are on the device, and small data
+sets are kept there whole.
 """
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
@@ -41,8 +41,9 @@ ARCHS = {  # block, and how many of them in each of the four stages
     "resnet152": (Bottleneck, 3, 8, 36, 3),
 }
 SHAPES = "horizontal vertical diagonal checker plaid grid hexagons bricks zigzag blobs".split()
-TEST_SPLITS = ("test", "val", "valid", "validation")  # the first with train's classes is used
-# Names that begin so are no images of a data set: hidden files, and what systems leave behind.
+TEST_SPLITS = ("test", "val", "valid", "validation")  # the first one with train's classes
+# Names that begin so are no images of a data set: hidden files, and what systems leave
+# behind.
 LITTER = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")
 
 
@@ -62,11 +63,11 @@ def say(text, end="\n"):
 
 # =================== Data ===================
 class Dataset(NamedTuple):
-    """What `load_dataset` returns. The small tensors are on the device, images if they fit."""
+    """What `load_dataset` returns; all on the device, but for images that do not fit."""
 
     train_images: torch.Tensor  # (N, 3, H, W) uint8
     train_labels: torch.Tensor  # (N,) int64; None for a folder without class folders
-    test_images: torch.Tensor   # (M, 3, H, W) uint8; M is 0 for a folder without a test split
+    test_images: torch.Tensor   # (M, 3, H, W) uint8; M is 0 without a test split
     test_labels: torch.Tensor   # (M,) int64; None if there is no test split
     classes: tuple              # names, in the order of the labels
     mean: torch.Tensor          # (3,) float32, of the training pixels in [0, 1]
@@ -81,12 +82,13 @@ def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device=
     image_size: pixels; None is 32, and for a folder see `common_side`
     cache_dir: where a folder's decoded images are kept; None is data_dir
     device: images move there if they fill at most half of its free memory
-    skip_broken: leave out files that cannot be read; max_pixels: of a file; None is Pillow's limit
+    skip_broken: leave out files that cannot be read; max_pixels: of a file; None is
+    Pillow's limit
     Raises UserError, in one line that says what to do.
     """
     data_dir = Path(data_dir)
     if max_pixels:
-        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses images of twice this number
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses images of twice this
     if name == "folder":
         *parts, classes = _load_folder(data_dir, image_size, cache_dir, skip_broken)
     elif name == "shapes":
@@ -95,14 +97,15 @@ def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device=
         *parts, classes = _load_cifar(name, data_dir, image_size or 32)
     # Mean and standard deviation of each channel; above 256 MiB, of an even sample.
     sample = parts[0][::1 + parts[0].nbytes // 2**28]
-    spread = [torch.std_mean(channel.float(), correction=0) for channel in sample.unbind(1)]
+    spread = [torch.std_mean(channel.float(), correction=0)
+              for channel in sample.unbind(1)]
     std, mean = torch.tensor(spread, device=device).T / 255
     parts = [_to_device(part, device) for part in parts]
     return Dataset(*parts, tuple(classes), mean, std.clamp(min=1 / 255))
 
 
 def _to_device(x, device):
-    """A tensor on the device if it fills at most half of its free memory, else as it is."""
+    """A tensor, on the device if it fills at most half of the free memory there."""
     if x is None:
         return None
     if "cuda" in str(device) and x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
@@ -118,7 +121,7 @@ def _load_shapes(size):
 
 
 def _load_cifar(name, data_dir, size):
-    """CIFAR-10 or CIFAR-100 by torchvision, which downloads it if it is not in data_dir."""
+    """CIFAR-10 or CIFAR-100 by torchvision, which downloads what is not in data_dir."""
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if data_dir.name == kind.base_folder:
         data_dir = data_dir.parent  # the extracted archive itself was named
@@ -127,9 +130,9 @@ def _load_cifar(name, data_dir, size):
         try:
             raw = kind(data_dir, train=train, download=True)
         except (OSError, RuntimeError) as problem:
-            raise UserError(f"cannot download {name} ({problem}): place the file {kind.url} in "
-                            f"{data_dir}; --dataset folder is for folders of images, and --dataset "
-                            "shapes needs no files") from None
+            raise UserError(
+                f"cannot download {name} ({problem}): place the file {kind.url} in {data_dir}; "
+                "--dataset folder is for folders of images, --dataset shapes needs no files")
         images = torch.empty(len(raw.data), 3, size, size, dtype=torch.uint8)
         pixels = torch.from_numpy(raw.data).permute(0, 3, 1, 2)
         for filled, some in zip(images.split(1000), pixels.split(1000)):
@@ -148,17 +151,19 @@ def _load_folder(root, size, cache_dir, skip_broken):
         raise UserError(f"no images to train on in {root}")
     size = size or common_side(found)
     left_out["in no class or in another split"] = len(found) - len(train) - len(test)
-    say(f"{root}: {len(train)} images to train on, {len(test)} of {test_split} to test on, "
-        f"{len(classes)} classes ({', '.join(classes[:10])}), at {size} pixels; "
+    say(f"{root}: {len(train)} images to train on, {len(test)} of {test_split} to test "
+        f"on, {len(classes)} classes ({', '.join(classes[:10])}), at {size} pixels; "
         f"left out: {dict(+left_out)}")
     files = [*train, *test]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's, of what it mends, and torch's, of read-only arrays
+        # PIL warns of what it mends, torch of arrays that cannot be written to.
+        warnings.simplefilter("ignore")
         images, problems = _decoded(files, root, size, cache_dir)
     broken = [f"{file} ({why})" for file, why in zip(files, problems) if why]
     if broken and not skip_broken:
-        raise UserError(f"cannot read {len(broken)} of {len(files)} images: --skip-broken leaves "
-                        f"them out, --max-pixels N allows large ones; {', '.join(broken)}")
+        raise UserError(
+            f"cannot read {len(broken)} of {len(files)} images: --skip-broken leaves them out, "
+            f"--max-pixels N allows large ones; {', '.join(broken)}")
     if broken:
         say(f"left out {len(broken)} images that cannot be read: {', '.join(broken)}")
     # The array has rows for readable files alone: first train's, then test's.
@@ -174,13 +179,15 @@ def find_images(folder, left_out, above=()):
     """The image files below a folder, sorted, known by the suffixes that PIL reads.
 
     left_out: a Counter that counts what is left out, by reason
-    above: the real paths of the folders above this one, as links are followed, but not in circles
+    above: the real paths of the folders above this one, as links are followed, but not in
+    circles
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items()
                 if kind in Image.OPEN}
     real = os.path.realpath(folder)
     paths = sorted(folder.iterdir())
-    if real in above or (above and folder / "checkpoint.pt" in paths):  # a run draws pictures
+    # A run's folder may hold drawn pictures.
+    if real in above or (above and folder / "checkpoint.pt" in paths):
         left_out["link to a folder above it, or folder of a run"] += 1
         return []
     files = []
@@ -197,15 +204,17 @@ def find_images(folder, left_out, above=()):
 
 
 def sort_images(root, files):
-    """Sort image files by their folders into a training and a test split, and into classes.
+    """Sort image files by their folders, into training and test split and into classes.
 
-    With a train/ in root, that is trained on. The first of TEST_SPLITS whose class folders all have
-    names of train's is tested on. Without a train/, all files are trained on. Two or more class
-    folders make labels. Returns train and test, {file: label}; the names of the classes, none
-    without labels; and the name of the test split, or why there is none.
+    With a train/ in root, that is trained on. The first of TEST_SPLITS whose class
+    folders all have names of train's is tested on. Without a train/, all files are
+    trained on. Two or more class folders make labels. Returns train and test, {file:
+    label}; the names of the classes, none without labels; and the name of the test split,
+    or why there is none.
     """
     has_split = any(path.name.lower() == "train" for path in root.iterdir())
-    tree = defaultdict(lambda: defaultdict(list))  # split to class to files; "" is no class
+    # split to class to files; "" is no split or no class
+    tree = defaultdict(lambda: defaultdict(list))
     for file in files:
         folders = file.relative_to(root).parts[:-1]
         if not has_split:
@@ -214,7 +223,8 @@ def sort_images(root, files):
         tree[split.lower()][unicodedata.normalize("NFC", name)].append(file)
     for inner in root.glob("*/train"):
         if not has_split:  # training on all of root would use its test images
-            raise UserError(f"{root} has no train/ but {inner.parent} has: name that as --data-dir")
+            raise UserError(
+                f"{root} has no train/ but {inner.parent} has: name that as --data-dir")
     train = tree["train"]
     classes = sorted(name for name in train if name)
     if len(classes) < 2 or (train[""] and not has_split):
@@ -222,7 +232,8 @@ def sort_images(root, files):
         return dict.fromkeys(everything, 0), {}, [], "no split"
 
     def label(split):
-        return {file: number for number, name in enumerate(classes) for file in split[name]}
+        return {file: number for number, name in enumerate(classes)
+                for file in split[name]}
 
     unused = "no split"
     for name in TEST_SPLITS:
@@ -235,10 +246,11 @@ def sort_images(root, files):
 
 
 def common_side(files):
-    """The side of the images if all are squares of one side below 224 pixels, else 224."""
+    """The side of the images if all are squares of one side below 224, else 224 pixels."""
     sides = set()
     for file in files:
-        with suppress(Exception), Image.open(file) as image:  # decoding names what is unreadable
+        # Files that cannot be read are named when they are decoded.
+        with suppress(Exception), Image.open(file) as image:
             sides.update(image.size)
         if len(sides) > 1:
             return 224
@@ -246,13 +258,16 @@ def common_side(files):
 
 
 def _decoded(files, root, size, cache_dir):
-    """The images of files (N, 3, size, size), mapped from the array that `decode` has written.
+    """The images of files (N, 3, size, size), mapped from the array that `decode` wrote.
 
     Returns the array and a list that says why each file cannot be read, "" if it can.
-    The array's name has a digest of every file's relative path, size and time and of 64 files'
-    first bytes: a changed folder gets a new array, a copied one (with its times) does not.
+    The array's name has a digest of every file's relative path, size and time and of 64
+    files'
+    first bytes: a changed folder gets a new array, a copied one (with its times) does
+    not.
     """
-    digest = hashlib.blake2b(b"decoder 3", digest_size=8)  # 4 if read_image changes a pixel
+    # The number rises when read_image changes a pixel.
+    digest = hashlib.blake2b(b"decoder 3", digest_size=8)
     for number, file in enumerate(files):
         status = file.stat()
         entry = f"{file.relative_to(root)} {status.st_size} {int(status.st_mtime)}"
@@ -267,15 +282,16 @@ def _decoded(files, root, size, cache_dir):
         problems = json.loads(path.with_suffix(".json").read_text())
         return torch.from_numpy(np.load(path, mmap_mode="r")), problems
     except OSError as problem:
-        raise UserError(f"cannot keep decoded images in {path.parent} ({problem}): make room "
-                        "there or name another --cache-dir") from None
+        raise UserError(f"cannot keep decoded images in {path.parent} ({problem}): make "
+                        "room there or name another --cache-dir") from None
 
 
 def decode(files, size, path):
-    """Decode files on all cores into a uint8 array (N, 3, size, size) at path, in .npy format.
+    """Decode files on all cores into a uint8 .npy array (N, 3, size, size) at path.
 
-    The array is written to a temporary file and renamed. Files that cannot be read have no row: as
-    many rows at its end are empty. A JSON beside it says why each file cannot be read, "" if it can.
+    The array is written to a temporary file and renamed. Files that cannot be read have
+    no row: as many rows at its end are empty. A JSON beside it says why each file cannot
+    be read, "" if it can.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(files), 3, size, size)
@@ -296,36 +312,39 @@ def decode(files, size, path):
         temporary.unlink(missing_ok=True)
     others = [old.name for old in path.parent.glob("decoded-*") if old.stem != path.stem]
     if others:
-        say(f"wrote {path}; files of earlier decoding stay beside it: {', '.join(others)}")
+        say(f"wrote {path}; beside it stay those of other decodings: {', '.join(others)}")
 
 
 def write_rows(files, size, out):
-    """Write the images of files one after the other; why each cannot be read, "" if it can."""
+    """Write the images of files; return why each cannot be read, "" if it can."""
     problems, start = [], time.perf_counter()
     at_once = 16 + 2**25 // (3 * size**2)  # 32 MiB of images
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(files), at_once):
             some = files[first:first + at_once]
             for reading in [pool.submit(read_image, file, size) for file in some]:
-                problem = reading.exception()  # PIL raises OSError, SyntaxError, struct.error, ...
+                problem = reading.exception()  # PIL raises many kinds
                 problems.append(repr(problem) if problem else "")
                 if not problem:
                     out.write(reading.result().numpy())
             seconds = time.perf_counter() - start
             if seconds > 5:
-                say(f"decoded {len(problems)} of {len(files)} images in {seconds:.0f} s", end="\r")
+                say(f"decoded {len(problems)} of {len(files)} images in {seconds:.0f} s",
+                    end="\r")
     return problems
 
 
 def read_image(path, size):
     """The centre square of a file's first frame, resized, as uint8 (3, size, size).
 
-    EXIF orientation is applied and transparency becomes white. Grey values of more than 8 bits
-    are scaled from [0, 65535], floats from [0, 1].
-    Raises ValueError for other values, and what PIL raises for a file that it cannot read.
+    EXIF orientation is applied and transparency becomes white. Grey values of more than 8
+    bits are scaled from [0, 65535], floats from [0, 1].
+    Raises ValueError for other values, and what PIL raises for a file that it cannot
+    read.
     """
     with Image.open(path) as image:
-        # Let the JPEG decoder skip detail: to 1/2, 1/4 or 1/8, but at least twice our size.
+        # Let the JPEG decoder skip detail: to 1/2, 1/4 or 1/8, but at least twice our
+        # size.
         image.draft(None, (2 * size, 2 * size))
         ImageOps.exif_transpose(image, in_place=True)
         # Crop before anything else: an elongated image may be large.
@@ -346,10 +365,13 @@ def read_image(path, size):
 
 # ------------------- Drawn images, and batches -------------------
 def draw_shapes(count, size=32, seed=0):
-    """Draw textures of ten classes: images (count, 3, size, size) uint8, labels (count,) int64.
+    """Draw textures of ten classes.
 
-    Images of a class differ in position, scale, phase, angle, colour and contrast. Any part of an
-    image shows its class: a pattern that is known by its centre would be lost in a random crop.
+    Returns images (count, 3, size, size) uint8 and labels (count,) int64.
+    Images of a class differ in position, scale, phase, angle, colour and contrast. Any
+    part of an
+    image shows its class: a pattern that is known by its centre would be lost in a random
+    crop.
     """
     generator = torch.Generator().manual_seed(seed)
     sin, pi, maximum = torch.sin, torch.pi, torch.maximum
@@ -371,7 +393,8 @@ def draw_shapes(count, size=32, seed=0):
     a, b = uniform(0, 2 * pi), uniform(0, 2 * pi)  # phases
     third, half = 3**0.5 / 2 * u, v / 2  # third +- half: waves at 120 degrees to v
     shift = pi / 2 * torch.cos(half + a / 2).sign()  # moves every other row of bricks
-    noise = nn.functional.interpolate(uniform(-1, 1, pixels=8), (size, size), mode="bicubic")
+    noise = nn.functional.interpolate(
+        uniform(-1, 1, pixels=8), (size, size), mode="bicubic")
     across, down, along = sin(u + a), sin(v + b), sin(v + a)
     patterns = [  # in the order of SHAPES
         along,
@@ -411,8 +434,9 @@ def normalize(x, mean, std):
 def batches(images, order, batch_size, device, workers):
     """Yield images[order] on the device, batch by batch; the last one may be smaller.
 
-    images: (N, 3, H, W) uint8, on the device or on the host; order: (M,) int64 on the host
-    Images on the host are gathered by `workers` threads into pinned memory, ahead of the network.
+    images: (N, 3, H, W) uint8, on the device or on the host; order: (M,) int64 on the
+    host Images on the host are gathered by `workers` threads into pinned memory, ahead of
+    the network.
     """
     if images.device.type == torch.device(device).type:
         for index in order.to(images.device).split(batch_size):
@@ -435,13 +459,14 @@ def batches(images, order, batch_size, device, workers):
 
 # =================== Network ===================
 class ResNet(models.ResNet):
-    """A residual network without classifier, in torchvision's names, He et al. 1512.03385.
+    """A residual network without classifier, He et al. 1512.03385.
 
     Images (N, 3, H, W) to features (N, num_features), the average of the last map.
     """
 
     def __init__(self, block, depths, width, stem):
-        # Torchvision's class makes the layers and has the forward; here they have any width.
+        # Torchvision's class makes the layers and has the forward; here they have any
+        # width.
         nn.Module.__init__(self)
         # The stem "cifar" keeps the full size: a 32x32 image has a last map of 4x4.
         kernel, stride, padding = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3)}[stem]
@@ -453,7 +478,8 @@ class ResNet(models.ResNet):
         self.inplanes, self.groups, self.base_width, self.dilation = planes[0], 1, 64, 1
         self._norm_layer = nn.BatchNorm2d
         for stage, depth in enumerate(depths):
-            layer = self._make_layer(block, planes[stage], depth, stride=1 if stage == 0 else 2)
+            stride = 1 if stage == 0 else 2
+            layer = self._make_layer(block, planes[stage], depth, stride)
             setattr(self, f"layer{stage + 1}", layer)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Identity()
@@ -467,7 +493,8 @@ def resnet(arch="resnet18", width=1.0, stem="cifar"):
     """A ResNet backbone whose output size is its `num_features`.
 
     arch: one of ARCHS; width: multiplies all channel counts, as SimCLR's 1x, 2x, 4x
-    stem: "cifar" (3x3 convolution, no max-pool) or "imagenet" (7x7 with stride 2, max-pool)
+    stem: "cifar" (3x3 convolution, no max-pool) or "imagenet" (7x7 with stride 2,
+    max-pool)
     Raises KeyError for an unknown arch or stem.
     """
     block, *depths = ARCHS[arch]
@@ -475,13 +502,14 @@ def resnet(arch="resnet18", width=1.0, stem="cifar"):
 
 
 # ------------------- Weights -------------------
-RESNET_PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # all of them, in order
+RESNET_PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # in order
 
 
 def read_checkpoint(path):
-    """Read a dict that torch.save wrote, of tensors and plain values: no code in a file is run.
+    """Read a dict of tensors and plain values that torch.save wrote; no code of it is run.
 
-    A folder means the checkpoint.pt in it. Raises UserError, in one line, for anything else.
+    A folder means the checkpoint.pt in it. Raises UserError, in one line, for anything
+    else.
     """
     if Path(path).is_dir():
         path = Path(path, "checkpoint.pt")
@@ -491,8 +519,8 @@ def read_checkpoint(path):
             raise TypeError
         return saved
     except Exception as problem:  # a damaged file raises whatever the unpickler meets
-        cause = (f"it is absent, cut, a web page, TorchScript or otherwise no dict of tensors that "
-                 f"torch.save wrote ({type(problem).__name__})")
+        cause = ("it is absent, cut, a web page, TorchScript or otherwise no dict of tensors "
+                 f"that torch.save wrote ({type(problem).__name__})")
         unsafe = re.search(r"GLOBAL (\S+)", str(problem))
         if unsafe:
             cause = (f"it holds a {unsafe[1]}: if you trust its maker, load it with "
@@ -510,11 +538,12 @@ def all_tensors(value, name=""):
 
 
 def load_weights(path, prefix=""):
-    """Read a checkpoint and find its backbone, a ResNet in torchvision's names or numbered.
+    """Read a checkpoint, find its backbone: a ResNet in torchvision's names or numbered.
 
-    prefix: what stands before the backbone's own names, or its end, if a file holds several
-    Returns the backbone's weights in torchvision's names; all of the file, a dict; and the names
-    of the tensors that are not the backbone's. Raises UserError, in one line.
+    prefix: what stands before the backbone's own names, or its end, if a file holds
+    several
+    Returns the backbone's weights in torchvision's names; all of the file, a dict; and
+    the names of the tensors that are not the backbone's. Raises UserError, in one line.
     """
     saved = read_checkpoint(path)
     if not prefix and "backbone" in saved and "model" in saved:
@@ -526,8 +555,9 @@ def load_weights(path, prefix=""):
     if prefix not in found:
         fitting = [name for name in found if f".{name}".endswith(f".{prefix}")]
         if len(fitting) != 1:
-            raise UserError(f"--prefix {prefix!r} fits {len(fitting)} of {len(found)} networks for "
-                            f"images of three channels in {path}: {' '.join(found[:8])}")
+            raise UserError(
+                f"--prefix {prefix!r} fits {len(fitting)} of {len(found)} networks for images "
+                f"of three channels in {path}: {' '.join(found[:8])}")
         prefix = fitting[0]
     # Numbers become torchvision's names, in their order.
     parts = {name.removeprefix(prefix).split(".")[0] for name in tensors}
@@ -537,7 +567,7 @@ def load_weights(path, prefix=""):
     for name, x in tensors.items():
         part, _, rest = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and part in parts:
-            rest = rest.replace("shortcut.", "downsample.")  # SupContrast's and kuangliu's name
+            rest = rest.replace("shortcut.", "downsample.")  # SupContrast's, kuangliu's
             weights[f"{parts[part]}.{rest}"] = x
         else:
             left_out.append(name)
