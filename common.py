@@ -1,8 +1,7 @@
 """Data loading and ResNet backbones for the four methods.
 
-A method's script runs with this file beside it, so whoever copies a method copies two
-files. Images are uint8 tensors (N, 3, H, W) until they are on the device, and small data
-sets are kept there whole.
+Each script needs only this file beside it: to copy a method, copy both files. Images are
+uint8 tensors (N, 3, H, W) until they are on the device, where small data sets stay whole.
 """
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
@@ -33,7 +32,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms import functional as TF
 
 DATASETS = ("cifar10", "cifar100", "folder", "shapes")
-ARCHS = {  # block, and how many of them in each of the four stages
+ARCHS = {  # type of block, and the number of blocks in each of the four stages
     "resnet18": (BasicBlock, 2, 2, 2, 2),
     "resnet34": (BasicBlock, 3, 4, 6, 3),
     "resnet50": (Bottleneck, 3, 4, 6, 3),
@@ -41,19 +40,18 @@ ARCHS = {  # block, and how many of them in each of the four stages
     "resnet152": (Bottleneck, 3, 8, 36, 3),
 }
 SHAPES = "horizontal vertical diagonal checker plaid grid hexagons bricks zigzag blobs".split()
-TEST_SPLITS = ("test", "val", "valid", "validation")  # the first one with train's classes
-# Names that begin so are no images of a data set: hidden files, and what systems leave
-# behind.
+TEST_SPLITS = ("test", "val", "valid", "validation")  # in order of preference
+# Files whose names begin with these are not data: hidden files and files of systems.
 LITTER = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")
 
 
 class UserError(ValueError):
-    """A problem that the user can mend; its text is one line that says how."""
+    """A problem that the user can fix; its message is one line that says how."""
 
 
 def say(text, end="\n"):
-    """Print from the first process, and go on if standard output is closed or full."""
-    if os.environ.get("RANK", "0") not in ("", "0"):
+    """Print in process 0 only; a standard output that is closed or full is no error."""
+    if (os.environ.get("RANK") or "0") != "0":
         return
     try:
         print(text, end=end, flush=True)
@@ -63,15 +61,15 @@ def say(text, end="\n"):
 
 # =================== Data ===================
 class Dataset(NamedTuple):
-    """What `load_dataset` returns; all on the device, but for images that do not fit."""
+    """What `load_dataset` returns, on the device except for images that do not fit."""
 
     train_images: torch.Tensor  # (N, 3, H, W) uint8
     train_labels: torch.Tensor  # (N,) int64; None for a folder without class folders
     test_images: torch.Tensor   # (M, 3, H, W) uint8; M is 0 without a test split
     test_labels: torch.Tensor   # (M,) int64; None if there is no test split
     classes: tuple              # names, in the order of the labels
-    mean: torch.Tensor          # (3,) float32, of the training pixels in [0, 1]
-    std: torch.Tensor           # (3,) float32, at least 1/255, for a constant channel
+    mean: torch.Tensor          # (3,) float32, of training pixels scaled to [0, 1]
+    std: torch.Tensor           # (3,) float32, 1/255 for a constant channel
 
 
 def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device="cpu",
@@ -79,23 +77,24 @@ def load_dataset(name, data_dir="data", image_size=None, cache_dir=None, device=
     """Load a data set as uint8 images.
 
     name: one of DATASETS; data_dir: the folder of images, or where CIFAR is downloaded to
-    image_size: pixels; None is 32, and for a folder see `common_side`
-    cache_dir: where a folder's decoded images are kept; None is data_dir
+    image_size: side in pixels; None means 32, and for a folder `common_side`
+    cache_dir: where a folder's decoded images are kept; None means data_dir
     device: images move there if they fill at most half of its free memory
-    skip_broken: leave out files that cannot be read; max_pixels: of a file; None is
-    Pillow's limit
-    Raises UserError, in one line that says what to do.
+    skip_broken: leave out files that cannot be read
+    max_pixels: the largest image that is read; None means Pillow's limit
+    Raises UserError or OSError if the data cannot be loaded.
     """
     data_dir = Path(data_dir)
     if max_pixels:
-        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses images of twice this
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses more than twice this
     if name == "folder":
-        *parts, classes = _load_folder(data_dir, image_size, cache_dir, skip_broken)
+        loaded = _load_folder(data_dir, image_size, cache_dir, skip_broken)
     elif name == "shapes":
-        *parts, classes = _load_shapes(image_size or 32)
+        loaded = _load_shapes(image_size or 32)
     else:
-        *parts, classes = _load_cifar(name, data_dir, image_size or 32)
-    # Mean and standard deviation of each channel; above 256 MiB, of an even sample.
+        loaded = _load_cifar(name, data_dir, image_size or 32)
+    *parts, classes = loaded
+    # Mean and standard deviation of each channel; above 256 MiB, of every k-th image.
     sample = parts[0][::1 + parts[0].nbytes // 2**28]
     spread = [torch.std_mean(channel.float(), correction=0)
               for channel in sample.unbind(1)]
@@ -121,18 +120,19 @@ def _load_shapes(size):
 
 
 def _load_cifar(name, data_dir, size):
-    """CIFAR-10 or CIFAR-100 by torchvision, which downloads what is not in data_dir."""
+    """Load CIFAR-10 or CIFAR-100 with torchvision, which downloads missing files."""
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if data_dir.name == kind.base_folder:
-        data_dir = data_dir.parent  # the extracted archive itself was named
+        data_dir = data_dir.parent  # the extracted folder itself was given
     parts = []
     for train in (True, False):
         try:
             raw = kind(data_dir, train=train, download=True)
         except (OSError, RuntimeError) as problem:
             raise UserError(
-                f"cannot download {name} ({problem}): place the file {kind.url} in {data_dir}; "
-                "--dataset folder is for folders of images, --dataset shapes needs no files")
+                f"cannot download {name} ({problem}): download {kind.url} yourself into "
+                f"{data_dir}; --dataset folder is for folders of images, and --dataset "
+                "shapes needs no files")
         images = torch.empty(len(raw.data), 3, size, size, dtype=torch.uint8)
         pixels = torch.from_numpy(raw.data).permute(0, 3, 1, 2)
         for filled, some in zip(images.split(1000), pixels.split(1000)):
@@ -141,22 +141,23 @@ def _load_cifar(name, data_dir, size):
     return *parts, raw.classes
 
 
-# ------------------- A folder of images: find, sort, decode, read one -------------------
+# ------------------- Folders of images: find, sort, decode, read -------------------
 def _load_folder(root, size, cache_dir, skip_broken):
-    """Images and labels of a folder, sorted by `sort_images`, from its decoded array."""
+    """Load a folder: find and sort its files, and take them from its decoded array."""
     left_out = Counter()
     found = find_images(root, left_out)
     train, test, classes, test_split = sort_images(root, found)
     if not train:
         raise UserError(f"no images to train on in {root}")
     size = size or common_side(found)
-    left_out["in no class or in another split"] = len(found) - len(train) - len(test)
-    say(f"{root}: {len(train)} images to train on, {len(test)} of {test_split} to test "
-        f"on, {len(classes)} classes ({', '.join(classes[:10])}), at {size} pixels; "
+    left_out["images without a class or in an unused split"] = (
+        len(found) - len(train) - len(test))
+    say(f"{root}: {len(train)} images to train on, {len(test)} to test on ({test_split}), "
+        f"{len(classes)} classes ({', '.join(classes[:10])}), {size} pixels; "
         f"left out: {dict(+left_out)}")
     files = [*train, *test]
     with warnings.catch_warnings():
-        # PIL warns of what it mends, torch of arrays that cannot be written to.
+        # PIL warns of damaged files, torch of read-only arrays.
         warnings.simplefilter("ignore")
         images, problems = _decoded(files, root, size, cache_dir)
     broken = [f"{file} ({why})" for file, why in zip(files, problems) if why]
@@ -166,7 +167,7 @@ def _load_folder(root, size, cache_dir, skip_broken):
             f"--max-pixels N allows large ones; {', '.join(broken)}")
     if broken:
         say(f"left out {len(broken)} images that cannot be read: {', '.join(broken)}")
-    # The array has rows for readable files alone: first train's, then test's.
+    # Rows of readable files come first: train's, then test's. Empty rows follow.
     readable = torch.tensor([not why for why in problems])
     labels = torch.tensor([*train.values(), *test.values()])[readable]
     count, end = readable[:len(train)].sum(), len(labels)
@@ -176,44 +177,43 @@ def _load_folder(root, size, cache_dir, skip_broken):
 
 
 def find_images(folder, left_out, above=()):
-    """The image files below a folder, sorted, known by the suffixes that PIL reads.
+    """List the image files below a folder, sorted: those with a suffix that PIL reads.
 
-    left_out: a Counter that counts what is left out, by reason
-    above: the real paths of the folders above this one, as links are followed, but not in
-    circles
+    left_out: a Counter of what is left out, by reason
+    above: real paths of the parent folders: a link to one of them is not followed
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items()
                 if kind in Image.OPEN}
     real = os.path.realpath(folder)
     paths = sorted(folder.iterdir())
-    # A run's folder may hold drawn pictures.
+    # Output folders of training runs are skipped: their pictures are not data.
     if real in above or (above and folder / "checkpoint.pt" in paths):
-        left_out["link to a folder above it, or folder of a run"] += 1
+        left_out["link to a parent folder, or output folder of a run"] += 1
         return []
     files = []
     for path in paths:
         if path.name.startswith(LITTER):
-            left_out["hidden or a system's"] += 1
+            left_out["hidden or system files"] += 1
         elif path.is_dir():
             files += find_images(path, left_out, (*above, real))
         elif path.suffix.lower() in suffixes and path.exists():
             files.append(path)
-        elif not path.name.startswith("decoded-"):  # those are ours
-            left_out[f"{path.suffix} files that PIL cannot read"] += 1
+        elif not path.name.startswith("decoded-"):  # our own decoded files
+            left_out[f"files '{path.suffix}' that PIL cannot read"] += 1
     return files
 
 
 def sort_images(root, files):
     """Sort image files by their folders, into training and test split and into classes.
 
-    With a train/ in root, that is trained on. The first of TEST_SPLITS whose class
-    folders all have names of train's is tested on. Without a train/, all files are
-    trained on. Two or more class folders make labels. Returns train and test, {file:
-    label}; the names of the classes, none without labels; and the name of the test split,
-    or why there is none.
+    If root has a train/ folder, only that is trained on, and the first of TEST_SPLITS
+    whose class folders all exist in train/ is tested on. Else all files are trained on.
+    Labels need two or more class folders and, without a train/, no images beside them.
+    Returns train and test, {file: label}; the names of the classes, [] without labels;
+    and the name of the test split, or the reason why there is none.
     """
     has_split = any(path.name.lower() == "train" for path in root.iterdir())
-    # split to class to files; "" is no split or no class
+    # tree[split][class] is a list of files; "" is no split or no class.
     tree = defaultdict(lambda: defaultdict(list))
     for file in files:
         folders = file.relative_to(root).parts[:-1]
@@ -222,9 +222,9 @@ def sort_images(root, files):
         split, name = (*folders, "", "")[:2]
         tree[split.lower()][unicodedata.normalize("NFC", name)].append(file)
     for inner in root.glob("*/train"):
-        if not has_split:  # training on all of root would use its test images
+        if not has_split:  # else its test images would be trained on
             raise UserError(
-                f"{root} has no train/ but {inner.parent} has: name that as --data-dir")
+                f"{root} has no train/, but {inner.parent} does: give that as --data-dir")
     train = tree["train"]
     classes = sorted(name for name in train if name)
     if len(classes) < 2 or (train[""] and not has_split):
@@ -235,21 +235,21 @@ def sort_images(root, files):
         return {file: number for number, name in enumerate(classes)
                 for file in split[name]}
 
-    unused = "no split"
+    reason = "no split"
     for name in TEST_SPLITS:
         tested = {class_name for class_name in tree[name] if class_name}
         if tested and tested.issubset(classes):
             return label(train), label(tree[name]), classes, name
         if tested:
-            unused = f"no split, as {name} has other class folders than train,"
-    return label(train), {}, classes, unused
+            reason = f"no split: {name} has other class folders than train"
+    return label(train), {}, classes, reason
 
 
 def common_side(files):
-    """The side of the images if all are squares of one side below 224, else 224 pixels."""
+    """The common side of the images if all are equal squares smaller than 224, or 224."""
     sides = set()
     for file in files:
-        # Files that cannot be read are named when they are decoded.
+        # Unreadable files are skipped here; decoding reports them later.
         with suppress(Exception), Image.open(file) as image:
             sides.update(image.size)
         if len(sides) > 1:
@@ -258,16 +258,15 @@ def common_side(files):
 
 
 def _decoded(files, root, size, cache_dir):
-    """The images of files (N, 3, size, size), mapped from the array that `decode` wrote.
+    """Images as a memory-mapped array (N, 3, size, size), which `decode` wrote.
 
     Returns the array and a list that says why each file cannot be read, "" if it can.
-    The array's name has a digest of every file's relative path, size and time and of 64
-    files'
-    first bytes: a changed folder gets a new array, a copied one (with its times) does
+    The array's name has a hash of all files' paths, sizes and times, and of the first
+    bytes of up to 64 files: a changed folder gets a new array, a copy with its times does
     not.
     """
-    # The number rises when read_image changes a pixel.
-    digest = hashlib.blake2b(b"decoder 3", digest_size=8)
+    # Increase the number when read_image's output changes.
+    digest = hashlib.blake2b(f"decoder 3, {Image.MAX_IMAGE_PIXELS}".encode(), digest_size=8)
     for number, file in enumerate(files):
         status = file.stat()
         entry = f"{file.relative_to(root)} {status.st_size} {int(status.st_mtime)}"
@@ -282,16 +281,16 @@ def _decoded(files, root, size, cache_dir):
         problems = json.loads(path.with_suffix(".json").read_text())
         return torch.from_numpy(np.load(path, mmap_mode="r")), problems
     except OSError as problem:
-        raise UserError(f"cannot keep decoded images in {path.parent} ({problem}): make "
-                        "room there or name another --cache-dir") from None
+        raise UserError(f"cannot keep or read decoded images in {path.parent} ({problem}): "
+                        "make room there or name another --cache-dir")
 
 
 def decode(files, size, path):
     """Decode files on all cores into a uint8 .npy array (N, 3, size, size) at path.
 
-    The array is written to a temporary file and renamed. Files that cannot be read have
-    no row: as many rows at its end are empty. A JSON beside it says why each file cannot
-    be read, "" if it can.
+    The array is written to a temporary file and renamed. Unreadable files get no row:
+    instead, the array ends with as many empty rows. A JSON file beside it says why each
+    file cannot be read, "" if it can.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(files), 3, size, size)
@@ -312,18 +311,19 @@ def decode(files, size, path):
         temporary.unlink(missing_ok=True)
     others = [old.name for old in path.parent.glob("decoded-*") if old.stem != path.stem]
     if others:
-        say(f"wrote {path}; beside it stay those of other decodings: {', '.join(others)}")
+        say(f"wrote {path}; older or other decoded files are still there: "
+            f"{', '.join(others)}")
 
 
 def write_rows(files, size, out):
-    """Write the images of files; return why each cannot be read, "" if it can."""
+    """Write the images to out; return an error text per file, "" if it was read."""
     problems, start = [], time.perf_counter()
-    at_once = 16 + 2**25 // (3 * size**2)  # 32 MiB of images
+    at_once = 16 + 2**25 // (3 * size**2)  # about 32 MiB of images
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(files), at_once):
             some = files[first:first + at_once]
             for reading in [pool.submit(read_image, file, size) for file in some]:
-                problem = reading.exception()  # PIL raises many kinds
+                problem = reading.exception()  # PIL raises many types
                 problems.append(repr(problem) if problem else "")
                 if not problem:
                     out.write(reading.result().numpy())
@@ -337,17 +337,15 @@ def write_rows(files, size, out):
 def read_image(path, size):
     """The centre square of a file's first frame, resized, as uint8 (3, size, size).
 
-    EXIF orientation is applied and transparency becomes white. Grey values of more than 8
+    EXIF orientation is applied and transparency becomes white. Grey images of more than 8
     bits are scaled from [0, 65535], floats from [0, 1].
-    Raises ValueError for other values, and what PIL raises for a file that it cannot
-    read.
+    Raises ValueError for values outside these, and PIL's errors for unreadable files.
     """
     with Image.open(path) as image:
-        # Let the JPEG decoder skip detail: to 1/2, 1/4 or 1/8, but at least twice our
-        # size.
+        # Decode a JPEG at 1/2, 1/4 or 1/8 scale if that is at least twice our size.
         image.draft(None, (2 * size, 2 * size))
         ImageOps.exif_transpose(image, in_place=True)
-        # Crop before anything else: an elongated image may be large.
+        # Crop before converting: a long, narrow image could use much memory.
         image = TF.center_crop(image, min(image.size))
         if image.mode[0] in "IF":  # grey of more than 8 bits
             values = np.asarray(image)
@@ -368,10 +366,8 @@ def draw_shapes(count, size=32, seed=0):
     """Draw textures of ten classes.
 
     Returns images (count, 3, size, size) uint8 and labels (count,) int64.
-    Images of a class differ in position, scale, phase, angle, colour and contrast. Any
-    part of an
-    image shows its class: a pattern that is known by its centre would be lost in a random
-    crop.
+    Images of a class differ in position, scale, phase, angle, colour and contrast. The
+    pattern repeats over most of the image, so that a random crop still shows the class.
     """
     generator = torch.Generator().manual_seed(seed)
     sin, pi, maximum = torch.sin, torch.pi, torch.maximum
@@ -382,17 +378,17 @@ def draw_shapes(count, size=32, seed=0):
 
     labels = torch.randperm(count, generator=generator) % len(SHAPES)
     grid = torch.linspace(-1, 1, size)
-    # Coordinates from the centre of a soft window, in which the pattern is visible.
+    # Coordinates relative to the centre of a soft window; outside it the pattern fades.
     x, y = grid - uniform(-0.25, 0.25), grid[:, None] - uniform(-0.25, 0.25)
     distance = (x.square() + y.square()) / uniform(0.8, 1.2).square()
     window = torch.exp(-distance.square())
-    # Turned and scaled coordinates, in radians: 9 to 18 for half an image.
+    # Rotated and scaled coordinates: half an image spans 9 to 18 radians.
     angle, scale = uniform(-pi / 9, pi / 9), uniform(9, 18)
     u = scale * (x * angle.cos() - y * angle.sin())
     v = scale * (x * angle.sin() + y * angle.cos())
     a, b = uniform(0, 2 * pi), uniform(0, 2 * pi)  # phases
-    third, half = 3**0.5 / 2 * u, v / 2  # third +- half: waves at 120 degrees to v
-    shift = pi / 2 * torch.cos(half + a / 2).sign()  # moves every other row of bricks
+    third, half = 3**0.5 / 2 * u, v / 2  # with v: three waves, 60 degrees apart
+    shift = pi / 2 * torch.cos(half + a / 2).sign()  # shifts every second row of bricks
     noise = nn.functional.interpolate(
         uniform(-1, 1, pixels=8), (size, size), mode="bicubic")
     across, down, along = sin(u + a), sin(v + b), sin(v + a)
@@ -417,26 +413,27 @@ def draw_shapes(count, size=32, seed=0):
 
 
 def normalize(x, mean, std):
-    """Standardise each channel: what enters the network in training and evaluation alike.
+    """Standardise each channel of the network's input, in training and in evaluation.
 
     x: (N, 3, H, W) uint8, or float in [0, 1]; mean, std: (3,) of the training set
     Returns float32 in channels_last memory format, in which convolutions are fastest.
-    Raises ValueError for other integers, whose range is not known.
+    Raises ValueError for other integer types, because their scale is unknown.
     """
     if x.dtype == torch.uint8:
         x = x.float() / 255
     elif not x.is_floating_point():
         raise ValueError(f"normalize takes uint8, or float in [0, 1], not {x.dtype}")
-    x = (x.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    x = x.float() - mean.view(3, 1, 1)
+    x = x / std.view(3, 1, 1)
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def batches(images, order, batch_size, device, workers):
     """Yield images[order] on the device, batch by batch; the last one may be smaller.
 
-    images: (N, 3, H, W) uint8, on the device or on the host; order: (M,) int64 on the
-    host Images on the host are gathered by `workers` threads into pinned memory, ahead of
-    the network.
+    images: (N, 3, H, W) uint8, on the device or on the host
+    order: (M,) int64 on the host
+    Images on the host are gathered in advance by `workers` threads, into pinned memory.
     """
     if images.device.type == torch.device(device).type:
         for index in order.to(images.device).split(batch_size):
@@ -459,16 +456,15 @@ def batches(images, order, batch_size, device, workers):
 
 # =================== Network ===================
 class ResNet(models.ResNet):
-    """A residual network without classifier, He et al. 1512.03385.
+    """A residual network without a classifier [He et al. 1512.03385].
 
-    Images (N, 3, H, W) to features (N, num_features), the average of the last map.
+    Maps images (N, 3, H, W) to features (N, num_features) by average pooling.
     """
 
     def __init__(self, block, depths, width, stem):
-        # Torchvision's class makes the layers and has the forward; here they have any
-        # width.
+        # Torchvision's class gives _make_layer and forward; the width is ours.
         nn.Module.__init__(self)
-        # The stem "cifar" keeps the full size: a 32x32 image has a last map of 4x4.
+        # The "cifar" stem does not downsample: 32x32 images end as maps of 4x4.
         kernel, stride, padding = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3)}[stem]
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
         planes = [round(64 * width * 2**stage) for stage in range(4)]
@@ -485,16 +481,15 @@ class ResNet(models.ResNet):
         self.fc = nn.Identity()
         self.num_features = self.inplanes
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # as torchvision's ResNet
+            if isinstance(module, nn.Conv2d):  # as in torchvision's ResNet
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def resnet(arch="resnet18", width=1.0, stem="cifar"):
     """A ResNet backbone whose output size is its `num_features`.
 
-    arch: one of ARCHS; width: multiplies all channel counts, as SimCLR's 1x, 2x, 4x
-    stem: "cifar" (3x3 convolution, no max-pool) or "imagenet" (7x7 with stride 2,
-    max-pool)
+    arch: one of ARCHS; width: factor on all channel counts, like 1x, 2x, 4x in SimCLR
+    stem: "cifar" (3x3, no max-pool) or "imagenet" (7x7 with stride 2, max-pool)
     Raises KeyError for an unknown arch or stem.
     """
     block, *depths = ARCHS[arch]
@@ -506,10 +501,9 @@ RESNET_PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # in or
 
 
 def read_checkpoint(path):
-    """Read a dict of tensors and plain values that torch.save wrote; no code of it is run.
+    """Read a dict of tensors and plain values saved by torch.save, without running code.
 
-    A folder means the checkpoint.pt in it. Raises UserError, in one line, for anything
-    else.
+    Of a folder, its checkpoint.pt is read. Raises UserError if there is no such dict.
     """
     if Path(path).is_dir():
         path = Path(path, "checkpoint.pt")
@@ -518,14 +512,14 @@ def read_checkpoint(path):
         if not isinstance(saved, dict):
             raise TypeError
         return saved
-    except Exception as problem:  # a damaged file raises whatever the unpickler meets
-        cause = ("it is absent, cut, a web page, TorchScript or otherwise no dict of tensors "
-                 f"that torch.save wrote ({type(problem).__name__})")
+    except Exception as problem:  # a damaged file can raise any type of error
+        cause = ("it is missing, truncated, a web page, TorchScript, or not a dict of "
+                 f"tensors ({type(problem).__name__})")
         unsafe = re.search(r"GLOBAL (\S+)", str(problem))
         if unsafe:
-            cause = (f"it holds a {unsafe[1]}: if you trust its maker, load it with "
-                     "weights_only=False and torch.save its weights alone")
-        raise UserError(f"{path} is no file of weights that can be read: {cause}")
+            cause = (f"it contains a {unsafe[1]} object: if you trust its author, load it "
+                     "with weights_only=False and torch.save its weights alone")
+        raise UserError(f"{path} is not a readable file of weights: {cause}")
 
 
 def all_tensors(value, name=""):
@@ -538,36 +532,38 @@ def all_tensors(value, name=""):
 
 
 def load_weights(path, prefix=""):
-    """Read a checkpoint, find its backbone: a ResNet in torchvision's names or numbered.
+    """Read a checkpoint and find its ResNet, with torchvision's or numbered names.
 
-    prefix: what stands before the backbone's own names, or its end, if a file holds
-    several
-    Returns the backbone's weights in torchvision's names; all of the file, a dict; and
-    the names of the tensors that are not the backbone's. Raises UserError, in one line.
+    prefix: the text before the backbone's names, or its last parts with the final dot
+    Returns the backbone's weights under torchvision's names, the whole file as a dict,
+    and the names of all other tensors in it. Raises UserError if no single backbone fits.
     """
     saved = read_checkpoint(path)
     if not prefix and "backbone" in saved and "model" in saved:
-        prefix = "backbone."  # a checkpoint of the four scripts
+        prefix = "backbone."  # a checkpoint written by one of the four scripts
     tensors = dict(all_tensors(saved))
-    # What stands before the name of a first convolution that takes three channels.
-    found = [name[:first.start()] for name, x in tensors.items() if x.shape[1:2] == (3,)
+    # Prefixes of all first convolutions with three input channels; their names, conv1 or
+    # 0, stand at the beginning or after a dot.
+    found = [name[:first.start()]
+             for name, x in tensors.items() if x.shape[1:2] == (3,)
              for first in re.finditer(r"(?<![^.])(conv1|0)\.weight$", name)]
     if prefix not in found:
         fitting = [name for name in found if f".{name}".endswith(f".{prefix}")]
         if len(fitting) != 1:
             raise UserError(
-                f"--prefix {prefix!r} fits {len(fitting)} of {len(found)} networks for images "
-                f"of three channels in {path}: {' '.join(found[:8])}")
+                f"--prefix {prefix!r} fits {len(fitting)} of {len(found)} networks for RGB "
+                f"images in {path}, but must fit one: {' '.join(found[:8])}")
         prefix = fitting[0]
-    # Numbers become torchvision's names, in their order.
-    parts = {name.removeprefix(prefix).split(".")[0] for name in tensors}
+    # Replace numbered parts by torchvision's names, in increasing order.
+    parts = {name.removeprefix(prefix).split(".")[0]
+             for name in tensors if name.startswith(prefix)}
     numbers = sorted(filter(str.isdigit, parts), key=int)
     parts = dict(zip(RESNET_PARTS, RESNET_PARTS)) | dict(zip(numbers, RESNET_PARTS))
     weights, left_out = {}, []
     for name, x in tensors.items():
         part, _, rest = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and part in parts:
-            rest = rest.replace("shortcut.", "downsample.")  # SupContrast's, kuangliu's
+            rest = rest.replace("shortcut.", "downsample.")  # name in SupContrast
             weights[f"{parts[part]}.{rest}"] = x
         else:
             left_out.append(name)
@@ -575,9 +571,9 @@ def load_weights(path, prefix=""):
 
 
 def fill_backbone(f, weights):
-    """Load weights in torchvision's names; UserError lists what differs."""
+    """Load weights that have torchvision's names; UserError if they do not fit."""
     try:
         f.load_state_dict(weights)
     except RuntimeError as problem:
-        raise UserError("weights of another network (compare --arch, --width and --stem): "
-                        f"{problem}")
+        raise UserError("the weights do not fit this network (compare --arch, --width, "
+                        f"--stem): {problem}")
