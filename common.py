@@ -515,7 +515,7 @@ def read_checkpoint(path):
     except Exception as problem:  # a damaged file can raise any type of error
         cause = ("it is missing, truncated, a web page, TorchScript, or not a dict of "
                  f"tensors ({type(problem).__name__})")
-        unsafe = re.search(r"GLOBAL (\S+)", str(problem))
+        unsafe = re.search(r"GLOBAL (\S+)", f"{problem}")
         if unsafe:
             cause = (f"it contains a {unsafe[1]} object: if you trust its author, load it "
                      "with weights_only=False and torch.save its weights alone")

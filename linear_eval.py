@@ -1,28 +1,29 @@
-"""Judge a checkpoint: linear, fine-tune, from scratch, few labels, kNN, pictures, export.
+"""Evaluate a checkpoint: train a classifier, fine-tune, distil, kNN, pictures, export.
 
     python linear_eval.py runs/simclr
     python linear_eval.py resnet50.pth --arch resnet50 --dataset folder --data-dir images
 
-CHECKPOINT is a run's folder or its checkpoint.pt, or a file with the weights of a ResNet
-in torchvision's names, or numbered as in a Sequential. This file needs two others beside
-it, common.py and simsiam.py.
+CHECKPOINT is a run's folder or its checkpoint.pt, or a file of ResNet weights, named as
+in torchvision or by numbers as in nn.Sequential. This file needs common.py and simsiam.py
+beside it.
 
 --mode linear    Train a classifier on the frozen backbone: by L-BFGS on features that are
                  computed once, or with --augment by SGD on random crops.
 --mode finetune  Train the backbone and a classifier, from the checkpoint.
 --mode scratch   Train the same network from random weights: the supervised baseline.
---mode distill   Finetune; then that network teaches a second one, which also begins from
-                 the checkpoint, by its softened predictions of all training images.
-                 SimCLR v2's third step [2006.10029].
+--mode distill   Fine-tune a teacher. A student, also from the checkpoint, then learns its
+                 softened predictions for all training images: step 3 of SimCLR v2
+                 [2006.10029], after pre-training and fine-tuning.
 
-Accuracies are percent of all test images after the last epoch: top1, top5, and
-`balanced`, the mean over the classes. Nothing is chosen by them. kNN and pictures show
-the backbone before training. Without a test split, a fifth of each class is held out.
+Accuracies are percentages over all test images after the last epoch: top1, top5, and
+`balanced`, the mean of the classes' top1. They never select an epoch or a setting. kNN
+and pictures show the backbone as loaded, before --mode trains it; an export is written
+after. Without a test split, a fifth of each class's images is held out as one.
 
 Differences from the papers: a batch norm without scale and shift stands before the
 classifier [MAE App. A]. A student is trained by SGD for 100 epochs, not by LARS for 400
-as in SimCLR v2. Its scores are tau times the classifier's, because at a low tau SGD,
-unlike LARS, would hardly change the backbone.
+as in SimCLR v2, and its scores are not divided by tau, because at a low tau SGD, unlike
+LARS, would hardly change the backbone.
 """
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
@@ -57,11 +58,11 @@ from simsiam import (
     processes, random_flip, random_resized_crop, start_process, within)
 
 RECIPES = {  # epochs, learning rate at batch size 256, weight decay
-    "linear": (1000, None, None),  # at most so many iterations of L-BFGS [ours]
-    "augment": (100, 0.1, 0.0),  # linear with --augment [ours; 100: MoCo CIFAR demo]
-    "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5; 60 epochs for 1 % of the labels]
-    "scratch": (100, 0.1, 5e-4),  # [ours; He et al. 1512.03385 Sec. 4.2: 0.2]
-    "distill": (100, 0.06, 5e-4),  # rate and decay of simclr.py [SimCLR v2 Sec. 3]
+    "linear": (1000, None, None),  # at most 1000 iterations of L-BFGS, not epochs [ours]
+    "augment": (100, 0.1, 0.0),  # linear with --augment [ours; epochs: MoCo CIFAR demo]
+    "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5, which has 60 epochs for 1 %]
+    "scratch": (100, 0.1, 5e-4),  # [ours; He et al. 1512.03385 Sec. 4.2 has 0.2]
+    "distill": (100, 0.06, 5e-4),  # as in pre-training [SimCLR v2 Sec. 3]
 }
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's mean and std
 METHODS = ("simclr", "moco", "simsiam", "simsiam_logo")
@@ -69,67 +70,67 @@ METHODS = ("simclr", "moco", "simsiam", "simsiam_logo")
 # =================== 2. Options ===================
 FLAGS = [  # name, type or choices, default, meaning
     # How to judge
-    ("--mode", ("linear", "finetune", "scratch", "distill"), "linear", "what is trained"),
-    ("--epochs", COUNT, None, "None is 100, finetune 30, L-BFGS 1000; a teacher has 30"),
-    ("--lr", RATE, None, "at batch size 256, linear in the batch size; None is 0.1, "
+    ("--mode", ("linear", "finetune", "scratch", "distill"), "linear", "what to train"),
+    ("--epochs", COUNT, None, "None: 100; finetune and teacher 30; L-BFGS 1000"),
+    ("--lr", RATE, None, "for batch size 256, scaled with the batch size; None: 0.1, "
      "finetune 0.05, distill 0.06"),
-    ("--weight-decay", FRACTION, None, "None is 0, scratch and distill 5e-4"),
-    ("--batch-size", within(int, 2, 10**6), None, "None is 256, less for few images"),
-    ("--augment", bool, False, "random crops in linear mode, too"),
-    ("--label-fraction", within(float, 1e-6, 1), 1.0, "share of each class's labels"),
-    ("--head-layers", within(int, 0, 10), 0, "layers of the projector that are kept; "
+    ("--weight-decay", FRACTION, None, "None: 0; scratch and distill 5e-4"),
+    ("--batch-size", within(int, 2, 10**6), None, "None: 256, or less for few images"),
+    ("--augment", bool, False, "linear mode by SGD on random crops"),
+    ("--label-fraction", within(float, 1e-6, 1), 1.0, "share of each class that has labels"),
+    ("--head-layers", within(int, 0, 10), 0, "first layers of the projector to keep; "
      "1 in SimCLR v2 [Sec. 2]"),
-    ("--distill-tau", RATE, 0.1, "temperature of teacher and student [SimCLR v2 Sec. 3]"),
+    ("--distill-tau", RATE, 0.1, "of the teacher's predictions [SimCLR v2 Sec. 3]"),
     ("--knn-tau", RATE, 0.1, "temperature of a neighbour's vote [MoCo CIFAR demo]"),
-    # Data, if not the checkpoint's
-    ("--dataset", DATASETS, None, "None is the checkpoint's, or cifar10"),
-    ("--data-dir", file_path, None, "the folder, or where CIFAR is downloaded to"),
-    ("--cache-dir", file_path, None, "for a folder's decoded images; None is --data-dir"),
+    # Data, where they differ from the checkpoint's
+    ("--dataset", DATASETS, None, "None: the checkpoint's, or cifar10"),
+    ("--data-dir", file_path, None, "folder of images, or of CIFAR's download"),
+    ("--cache-dir", file_path, None, "where decoded images are kept; None: --data-dir"),
     ("--skip-broken", bool, False, "leave out files that cannot be read"),
-    ("--max-pixels", COUNT, None, "refuse larger images; None is 179 million"),
-    ("--image-size", within(int, 8, 4096), None, "pixels; None is the checkpoint's"),
-    # Network, if not the checkpoint's
-    ("--arch", tuple(ARCHS), None, "backbone; None is the checkpoint's, or resnet18"),
-    ("--prefix", str, "", "what stands before the backbone's names, if a file holds "
-     "several: f_k. for MoCo's slow copy, module.encoder_q."),
-    ("--stem", ("cifar", "imagenet"), None, "of foreign weights: cifar has no max-pool, "
-     "imagenet has one; None is by the first kernel's size"),
+    ("--max-pixels", COUNT, None, "refuse larger images; None: 179 million"),
+    ("--image-size", within(int, 8, 4096), None, "pixels; None: the checkpoint's"),
+    # Network, where it differs from the checkpoint's
+    ("--arch", tuple(ARCHS), None, "backbone; None: the checkpoint's, or resnet18"),
+    ("--prefix", str, "", "text before the backbone's names, if a file holds several "
+     "networks: f_k. for MoCo's slow copy, module.encoder_q."),
+    ("--stem", ("cifar", "imagenet"), None, "max-pool of foreign weights: cifar: none, "
+     "imagenet has one; None: by the size of the first kernel"),
     # Run and output
-    ("--seed", within(int, 0, 10**9), 0, "the same seed makes the same run"),
-    ("--device", ("auto", "cuda", "cpu", "mps"), "auto", "auto: the best there is"),
+    ("--seed", within(int, 0, 10**9), 0, "of labels, order and crops"),
+    ("--device", ("auto", "cuda", "cpu", "mps"), "auto", "auto: a GPU if there is one"),
     ("--precision", ("auto", "bf16", "fp32"), "auto", "auto: bf16 on CUDA, else fp32"),
-    ("--out", file_path, None, "folder of the results in JSON; None is the checkpoint's"),
-    ("--neighbours", file_path, None, "draw ten images and their ten nearest as a PNG"),
-    ("--map", file_path, None, "draw the images by their two main components as a PNG"),
-    ("--export", file_path, None, "write the backbone, in torchvision's names"),
+    ("--out", file_path, None, "folder for the JSON results; None: the checkpoint's"),
+    ("--neighbours", file_path, None, "PNG to draw: ten images, ten neighbours of each"),
+    ("--map", file_path, None, "PNG to draw: images placed by two main components"),
+    ("--export", file_path, None, "file for the backbone, with torchvision's names"),
 ]
 
 
 def parse_args(argv=None):
-    """Read and check the flags; exit with one line if one is wrong."""
+    """Read the flags, check them without files; on an error exit with one line."""
     parser = argparse.ArgumentParser(
-        description="Judge a backbone on images. The file itself explains the modes.",
+        description="Evaluate a backbone. The top of this file explains the modes.",
         usage="%(prog)s CHECKPOINT [flags]", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; CHECKPOINT stands before the flags")
+    parser.error = lambda message: fail(f"{message} (order: CHECKPOINT, then flags)")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=file_path)
     add_flags(parser, FLAGS)
     add, value = parser.add_argument, within(float, -10, 10)
     add("--knn", type=COUNT, nargs="*", default=[1, 5, 20, 200],
-        help="numbers of neighbours")
-    add("--mean", type=value, nargs=3, help="None is training's, or ImageNet's")
-    add("--std", type=value, nargs=3, help="None is training's, or ImageNet's")
+        help="values of k, one accuracy each")
+    add("--mean", type=value, nargs=3, help="None: training's, or ImageNet's")
+    add("--std", type=value, nargs=3, help="None: training's, or ImageNet's")
     words = []
     for word in sys.argv[1:] if argv is None else map(str, argv):
-        if re.fullmatch(r"-[\d.]+e-?\d+", word):  # argparse takes -1e-3 for a flag
+        if re.fullmatch(r"-[\d.]+e-?\d+", word):  # argparse thinks -1e-3 is a flag
             word = format(float(word), "f")
         words.append(word)
     args = parser.parse_args(words)
     given = {args.lr, args.weight_decay, args.batch_size} - {None}
     if args.mode == "linear" and not args.augment and given:
-        fail("--lr, --weight-decay and --batch-size are not for L-BFGS: add --augment")
+        fail("--lr, --weight-decay and --batch-size need SGD: add --augment or --mode")
     if args.mode == "scratch" and args.head_layers:
-        fail("--head-layers keeps what --mode scratch does not use")
+        fail("--mode scratch uses no projector: remove --head-layers")
     if processes()[1] > 1:
         fail("this script runs in one process: start it with python, not with torchrun")
     return args
@@ -137,10 +138,10 @@ def parse_args(argv=None):
 
 # =================== 3. Loading ===================
 def load_network(args, path):
-    """The network to judge; what it was read as, a dict for the record; its run's flags.
+    """Return the network, how it was read (a dict for the record), and its run's flags.
 
-    A checkpoint of the four scripts tells all about itself. What other weights do not
-    tell is assumed; one line says how they were read and what of the file is not used.
+    A checkpoint of the four scripts describes itself. For other weights, what is missing
+    is assumed, and one printed line says what, and which tensors are not used.
     """
     weights, saved, left_out = load_weights(path, args.prefix)
     own = "backbone" in saved and "args" in saved
@@ -158,15 +159,15 @@ def load_network(args, path):
         f.maxpool = nn.MaxPool2d(3, 2, 1)
     about["pool"] = str(f.maxpool).replace("Identity()", "no max-pool")
     if not own:
-        say(f"read as {about}; not used: {len(left_out)} tensors {left_out[:12]}")
+        say(f"weights read as {about}; {len(left_out)} unused tensors: {left_out[:12]}")
     head = load_head(saved, build, about.get("method"), args.head_layers)
     return nn.Sequential(f, *head), about, trained
 
 
 def read_as(args, weights, saved, trained):
-    """Architecture, image size, mean and std, by flags, checkpoint or weights, in a dict.
+    """A dict of architecture, image size, mean and std, by flags, checkpoint or weights.
 
-    saved, trained: a checkpoint of the four scripts and its run's flags, or {}
+    saved, trained: our checkpoint and its run's flags; both {} for other weights
     """
     kernel = weights["conv1.weight"].shape[2]
     about = {
@@ -180,7 +181,7 @@ def read_as(args, weights, saved, trained):
     if saved:
         pixels = 224 if trained["dataset"] == "folder" else 32
         about["pixels"] = trained["image_size"] or pixels
-        about |= saved.get("data", {})  # newer checkpoints have the pixels that were used
+        about |= saved.get("data", {})  # newer checkpoints have the side that was used
         about["method"] = trained.get("method") or saved["method"]
         about["epoch"] = saved["epoch"]
         about["mean"] = saved["mean"].tolist()
@@ -192,11 +193,11 @@ def read_as(args, weights, saved, trained):
 
 
 def load_head(saved, build, method, count):
-    """The first `count` linear layers of the projector, each with what follows it."""
+    """The first `count` linear layers of the projector, each with its norm and ReLU."""
     if count == 0:
         return []
     if method not in METHODS:
-        raise UserError(f"--head-layers needs a checkpoint of {', '.join(METHODS)}")
+        raise UserError(f"--head-layers needs a checkpoint of {' or '.join(METHODS)}")
     module = importlib.import_module(method)
     recipe = {**vars(module.parse_args([])), **saved["args"]}
     model = module.Model(build, argparse.Namespace(**recipe))
@@ -204,12 +205,12 @@ def load_head(saved, build, method, count):
     linear = [i for i, layer in enumerate(model.g) if isinstance(layer, nn.Linear)]
     if len(linear) < count:
         raise UserError(f"--head-layers {count}: the projector has {len(linear)} layers")
-    end = [*linear, len(model.g)][count]  # where the next linear layer begins
+    end = [*linear, len(model.g)][count]  # the next linear layer, or the end
     return model.g[:end]
 
 
 def load_images(args, about, trained, device):
-    """The data set, and which training images (N,) to use: all, or those not held out."""
+    """The data set, and the indices (n,) of training images that are not held out."""
     name = args.dataset or trained.get("dataset", "cifar10")
     known = {}
     if name == trained.get("dataset") and not args.data_dir:
@@ -238,9 +239,9 @@ def load_images(args, about, trained, device):
 
 
 def few_labels(indices, labels, fraction, seed):
-    """A fraction of each class of the images indices (n,), at least one image.
+    """Choose a fraction of each class, at least one image, from indices (n,).
 
-    labels: (N,) int64 of all images
+    labels: (N,) int64, one for each training image
     """
     if fraction == 1:
         return indices
@@ -254,19 +255,19 @@ def few_labels(indices, labels, fraction, seed):
 
 
 def check_outputs(args, path, out):
-    """Refuse outputs that cannot be written, before the work."""
+    """Before the work, refuse output paths that cannot be written."""
     for output in (out / "results.json", args.export, args.neighbours, args.map):
         if output is None:
             continue
         output = Path(output)
         if output.is_dir() or output.resolve() == path.resolve():
-            raise UserError(f"{output} is a folder, or CHECKPOINT: name another file")
+            raise UserError(f"{output} is a folder or the checkpoint: name another file")
         tempfile.TemporaryFile(dir=output.parent).close()
 
 
 # =================== 4. Pictures ===================
 def frame(images, colors):
-    """Images (N, 3, H, W) uint8, of at least 64 pixels then, framed in colors (N, 3)."""
+    """Enlarge images (N, 3, H, W) uint8 to 64 pixels or more; frame them in colors."""
     times = math.ceil(64 / images.shape[3])
     big = F.interpolate(images / 255, scale_factor=times)
     height, width = big.shape[2] + 6, big.shape[3] + 6
@@ -278,8 +279,8 @@ def frame(images, colors):
 def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, labels):
     """Ten rows: an image and its ten nearest of the bank, green if of its class, or red.
 
-    bank: (N, D) and queries: (M, D) features of the images; if both are the same images,
-    none is its own neighbour
+    bank: (N, D) and queries: (M, D) features; if both are one set, no image is its own
+    neighbour
     """
     chosen = torch.linspace(0, len(queries) - 1, min(10, len(queries))).long()
     length = bank.norm(dim=1).clamp(min=1e-12)
@@ -295,7 +296,7 @@ def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, label
     cells = torch.cat([
         images[chosen, None].cpu(),
         bank_images[nearest].cpu()], 1)
-    colors = F.pad(colors, (0, 0, 1, 0), value=1.0)  # white around the image itself
+    colors = F.pad(colors, (0, 0, 1, 0), value=1.0)  # a white frame for the query
     framed = frame(cells.flatten(0, 1), colors.flatten(0, 1))
     save_image(framed, path, "png", nrow=cells.shape[1], pad_value=1.0)
 
@@ -304,13 +305,13 @@ def draw_map(path, queries, images, labels, classes, side=30):
     """At most side x side images, placed by their features' two main components.
 
     Columns follow the first component, and each column is sorted by the second, so that
-    neighbours stay neighbours. The colour of a frame is a class, named below the map.
+    similar images are near. A frame's colour shows the class; the names are below.
     """
     side = min(side, math.isqrt(len(queries)))
     chosen = torch.linspace(0, len(queries) - 1, side**2).long()
     x = F.normalize(queries[chosen].double().cpu(), dim=1)
     plane = torch.linalg.svd(x - x.mean(0), full_matrices=False).U
-    plane = F.pad(plane, (0, 1))[:, :2]  # (n, 2), even of one image
+    plane = F.pad(plane, (0, 1))[:, :2]  # (n, 2), also if n is 1
     columns = plane[:, 0].argsort().view(side, side)
     columns = [column[plane[column, 1].argsort()] for column in columns]
     grid = torch.stack(columns, 1).flatten()
@@ -323,7 +324,7 @@ def draw_map(path, queries, images, labels, classes, side=30):
     framed = frame(images[chosen].cpu(), colors)
     picture = to_pil_image(make_grid(framed[grid], side, pad_value=1.0))
     width, height = picture.size
-    line = max(14, width // 32)  # the height of a line of six names
+    line = max(14, width // 32)  # height of a text line, which has six names
     picture = ImageOps.expand(picture, (0, 0, 0, line * math.ceil(len(classes) / 6)))
     for i, name in enumerate(classes):
         place = (width * (i % 6) // 6, height + line * (i // 6))
@@ -335,13 +336,13 @@ def draw_map(path, queries, images, labels, classes, side=30):
 
 # =================== 5. Training ===================
 def fit(head, bank, labels, iterations):
-    """Logistic regression by L-BFGS with scikit-learn's penalty (C = 1): no rate to tune.
+    """Logistic regression by L-BFGS with scikit-learn's default penalty (C = 1).
 
-    head: batch norm, whose statistics become the bank's (N, D), and linear layer
+    head: a batch norm, which gets the statistics of bank (N, D), and a linear layer
     """
     norm, linear = head.eval()
     norm.running_mean = bank.mean(0)
-    # Features of any scale are standardised; channels that never vary have no effect.
+    # Standardise features of any scale; constant channels have no effect.
     var = bank.var(0, unbiased=False)
     norm.running_var = var.clamp(min=1e-12 * var.max() + 1e-30)
     norm.eps = 1e-30
@@ -361,15 +362,15 @@ def fit(head, bank, labels, iterations):
 
 
 def distill_loss(student, teacher, tau):
-    """Cross-entropy of softened predictions, SimCLR v2's Eq. 2: mean of the batch, nats.
+    """Cross-entropy of softened predictions, SimCLR v2 Eq. 2: the batch's mean, in nats.
 
-    student, teacher: (B, classes) logits; the teacher's gets no gradient
+    student, teacher: (B, classes) logits; the teacher's get no gradient
     """
     return F.cross_entropy(student / tau, (teacher.detach() / tau).softmax(1))
 
 
 def batch_loss(network, head, x, labels, args, autocast, teacher):
-    """The loss of a batch x (B, 3, H, W), by its labels (B,) or by a teacher's scores."""
+    """The loss of batch x (B, 3, H, W) against its labels (B,) or a teacher's scores."""
     with autocast():
         y = network(x)
     y = head(y.float())
@@ -383,7 +384,7 @@ def batch_loss(network, head, x, labels, args, autocast, teacher):
 
 
 def train(network, head, keep, data, args, used, autocast, teacher=None):
-    """Train the head, or all, by SGD on random crops and flips of images keep (n,).
+    """Train the head, or head and network, by SGD on crops and flips of images keep (n,).
 
     used: epochs, lr, weight_decay and batch_size
     teacher: a network and head in evaluation mode, whose predictions replace the labels
@@ -414,25 +415,25 @@ def train(network, head, keep, data, args, used, autocast, teacher=None):
             total += loss.detach()
         loss = total.item() / steps
         if not math.isfinite(loss):
-            fail(f"{args.mode}: the loss is {loss} at epoch {epoch}, try a lower --lr", 1)
+            fail(f"{args.mode}: the loss is {loss} at epoch {epoch}: try a lower --lr", 1)
         seconds = time.perf_counter() - start
         say(f"{args.mode} epoch={epoch} loss={loss:.4g} seconds={seconds:.3g}")
 
 
 def choose_recipe(args, count):
-    """The epochs, lr, weight_decay and batch_size that are used for count images."""
+    """Choose epochs, lr, weight_decay and batch_size for this count of images."""
     kind = args.mode
     if args.mode == "linear" and args.augment:
         kind = "augment"
     epochs, lr, decay = RECIPES[kind]
-    # With few labels there are 16 steps an epoch, if a batch has 8 images then.
+    # Few labels: smaller batches for 16 steps an epoch, but of at least 8 images.
     batch = args.batch_size or min(256, max(8, count // 16), count)
     if batch > count:
-        raise UserError(f"--batch-size {batch} is more than the {count} images: lower it")
+        raise UserError(f"--batch-size {batch} is larger than the {count} images")
     if args.weight_decay is not None:
         decay = args.weight_decay
     if kind == "linear":
-        batch = count  # L-BFGS
+        batch = count  # L-BFGS uses all images at once
     else:
         lr = (args.lr or lr) * batch / 256  # linear scaling, Goyal et al. 1706.02677
     return {
@@ -444,12 +445,12 @@ def choose_recipe(args, count):
 
 
 def classify(network, bank, queries, keep, data, args, autocast, teacher=None):
-    """Train a classifier as --mode says: its accuracies, itself, and the recipe used.
+    """Train a classifier as --mode says; return accuracies, classifier and recipe.
 
     bank: features of the training images keep (n,); queries: of the test images
     """
     used = choose_recipe(args, len(keep))
-    # Methods differ in scale. In training a tiny eps would magnify nearly dead channels.
+    # Feature scales differ, so eps is tiny; in training that would blow up dead channels.
     eps = 1e-12 if args.mode == "linear" else 1e-5
     head = nn.Sequential(
         nn.BatchNorm1d(bank.shape[1], eps, affine=False),
@@ -477,9 +478,9 @@ def classify(network, bank, queries, keep, data, args, autocast, teacher=None):
 
 # =================== 6. Load, judge, write ===================
 def judge(args, network, data, used, bank, queries, autocast):
-    """All accuracies, and the recipe that was used.
+    """Return all accuracies and the training recipe.
 
-    used: the training images (N,) that are not held out
+    used: indices (n,) of the training images that are not held out
     bank, queries: features of all training images, and of the test images
     """
     keep = few_labels(used, data.train_labels.cpu(), args.label_fraction, args.seed)
@@ -488,11 +489,11 @@ def judge(args, network, data, used, bank, queries, autocast):
         knn[f"knn{k}"] = knn_accuracy(bank, labels, queries, data.test_labels,
                                       len(data.classes), k, args.knn_tau)
         if k > len(keep):
-            say(f"knn{k} uses k = {len(keep)}: there are no more images")
+            say(f"knn{k} uses k = {len(keep)}: there are only so few labelled images")
     if args.mode != "distill":
         results, _, recipe = classify(network, bank, queries, keep, data, args, autocast)
         return {**results, **knn}, {**recipe, "labels": len(keep)}
-    # The teacher is fine-tuned by the defaults, then the student learns from all images.
+    # The teacher has the default recipe; --lr and the like are the student's.
     teacher, first = copy.deepcopy(network), copy.copy(args)
     first.mode = "finetune"
     first.epochs = first.lr = first.weight_decay = first.batch_size = None
@@ -505,7 +506,7 @@ def judge(args, network, data, used, bank, queries, autocast):
 
 
 def write_results(args, path, out, record):
-    """Write a JSON; one of other arguments or of another checkpoint is never replaced."""
+    """Write a JSON file; never replace one with other arguments or another checkpoint."""
     name = "_".join(["eval", path.stem, args.mode, record["data"]])
     result, number = out / f"{name}.json", 1
     while result.exists():
@@ -532,8 +533,8 @@ def write_pictures(args, network, about, bank, data, queries):
         torch.save(network[0].cpu().state_dict(), buffer)
         Path(args.export).write_bytes(buffer.getbuffer())
         if about["stem"] == "3x3" or about["width"] != 1:
-            say(f"note: torchvision has no such ResNet; {args.export} fits common.resnet("
-                f"{about['arch']!r}, {about['width']}, ...) of this {about['stem']} stem")
+            say(f"note: no ResNet of torchvision; load {args.export} into common.resnet("
+                f"{about['arch']!r}, {about['width']}) with a {about['stem']} stem")
 
 
 def judge_all(args, path, out):
@@ -554,15 +555,17 @@ def judge_all(args, path, out):
     if data.test_labels is not None:
         queries = features(network, data.test_images, data, 256, autocast)
         if not (bank.isfinite().all() and queries.isfinite().all()):
-            fail("features are not finite: broken weights, or try --precision fp32", 1)
+            fail("features are not finite: broken weights? or try --precision fp32", 1)
         results, recipe = judge(args, network, data, used, bank, queries, autocast)
+        held_out = ~torch.isin(torch.arange(len(bank)), used)
+        bank[held_out] = 0  # in pictures, these are no neighbours
     elif args.mode != "linear":
         raise UserError(f"--mode {args.mode} needs images in class folders")
     line = " ".join(f"{name}={value:.2f}" for name, value in results.items())
     if not results:
         line = "no accuracies, because there are no labels"
     before = "random" if args.mode == "scratch" else "pre-trained"
-    say(f"{args.mode}: {line} (kNN is of the {before} backbone)")
+    say(f"{args.mode}: {line} (kNN: {before} backbone)")
     record = {
         **describe(args, data), **results, **about,
         "used": recipe, "knn_of": before, "bf16": bf16,
@@ -574,7 +577,7 @@ def judge_all(args, path, out):
 
 
 def main(argv=None):
-    """Judge as the flags say: write the numbers as JSON, print and return them."""
+    """Evaluate as the flags say; print, save and return the accuracies."""
     args = parse_args(argv)
     torch.manual_seed(args.seed)
     path = Path(args.checkpoint)

@@ -1,8 +1,8 @@
 """SimSiam-LoGo: SimSiam with two local crops more, which predict the global ones.
 
-Not measured yet by these defaults: CIFAR-10, ResNet-18, 200 epochs, one GPU. Earlier
-defaults (--lr 0.03 --warmup 0 --no-fix-pred-lr) reached 80.5 % kNN accuracy on a lossy
-copy of CIFAR-10, training 11 minutes on an H200. Published: 87.7 % (quoted second-hand).
+These defaults (CIFAR-10, ResNet-18, 200 epochs, one GPU) are not measured yet. Earlier ones
+(--lr 0.03 --warmup 0 --no-fix-pred-lr) reached 80.5 % kNN accuracy on a JPEG copy of
+CIFAR-10 in 11 minutes of training on an H200. The paper's 87.7 % is quoted second-hand.
 
 Reference implementation, to be read, diffed and copied (with common.py), of "Leverage
 Your Local and Global Representations: A New Self-Supervised Learning Strategy", Zhang et
@@ -17,27 +17,27 @@ and the encoder lowers the affinity of the pair.
 
     xg1, xg2 (B, 3, H, W)  two global views of a batch of B images
     xl1, xl2 (B, 3, ., .)  two local views of them, smaller for images above 64 pixels
-    f        backbone      f(x) is what is used afterwards, (B, 512) for ResNet-18
+    f        backbone      f(x) is kept after training, (B, 512) for ResNet-18
     g        projector     z = g(f(x)), (B, 2048); SimSiam's f is our g(f(.))
     h        predictor     p = h(z), (B, 2048); zg, zl, pg, pl: of global, of local views
     affinity (zl1, zl2)    a logit (B,): are they local views of one image?
-    D(p, z)  = -p / |p| . stopgrad(z) / |z|, in [-1, 1]                (SimSiam's 1 and 3)
+    D(p, z)  = -(p / |p|) . (stopgrad(z) / |z|), in [-1, 1]        (SimSiam Eq. 1 and 3)
     L        = L_gg + L_lg + lam L_ll; L_gg = D(pg1, zg2) / 2 + D(pg2, zg1) / 2,
                L_lg = mean of all D(pl, zg), L_ll = mean affinity(zl1, zl2), held constant
-               0 for unrelated outputs, -2 if all outputs are equal (collapsed)
+               0 for unrelated outputs, -2 for perfect predictions, as in a collapse
     Omega    = -mean softplus(-affinity(zl1, zl2)) - mean softplus(affinity(zl1, zl2'))  (6)
                which the affinity alone maximises; zl2': zl2 of the previous image
 
 Differences from the paper:
-- Each image draws its own strengths. The order of the four colour operations is drawn
-  once per view and batch, so that each runs as one batched call.
-- The learning rate changes at every step. Crops are not antialiased.
+- Colour strengths are drawn per image, but the order of the four operations once per view
+  and batch, so that each operation is one call for the whole batch.
+- The learning rate changes at every step, not every epoch. Crops are not antialiased.
 - The projector's last batch norm has no scale and shift, as in the authors' builder.py.
-- 200 epochs, not 800; twice the learning rate, linear warmup for f and g, constant learning
-  rate for h (SimSiam Sec. 4.2). In SimSiam's first 30 epochs, at a quarter of the width, kNN
-  rose from 41.8 to 55.3 % by it. Short runs favour high rates.
-- The defaults are for CIFAR. For ImageNet SimSiam has lr 0.05, no warmup, decay 1e-4 and
-  three layers in the projector.
+- 200 epochs, not 800; twice the learning rate, linear warmup for f and g, constant rate
+  for h (SimSiam has that for ImageNet, Sec. 4.2). After 30 epochs of SimSiam at --width
+  0.25 kNN is 55.3 % with these changes, 41.8 % without. Short runs favour high rates.
+- The defaults are for CIFAR. For ImageNet SimSiam has lr 0.05, no warmup, weight decay
+  1e-4 and three layers in the projector.
 - The paper adds L_lg's four terms, the authors' code counts their mean twice, here it
   counts once. In the first 8 epochs the three were within noise (one seed each).
 - Omega is logistic, as in the authors' MoCo-LoGo: the paper's has no bound. Their noise,
@@ -45,7 +45,7 @@ Differences from the paper:
 """
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
-# Shared sections are identical in all four scripts, except inside <method> fences.
+# Shared sections are identical in all four method scripts, except between <method> marks.
 
 # =================== Imports (shared) ===================
 import argparse
@@ -76,7 +76,7 @@ from common import (ARCHS, DATASETS, UserError, batches, fill_backbone, load_dat
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # Windows has no fcntl, so there is no lock on the log
     fcntl = None
 
 
@@ -85,20 +85,20 @@ METHOD = "simsiam_logo"
 
 
 def add_recipe(parser):
-    """Add the numbers that define the experiment, each with its source."""
+    """Add the flags that define the experiment, each with its source."""
     add_flags(parser, [
-        ("--lr", RATE, 0.06, "learning rate at batch size 256, linear in the batch size "
+        ("--lr", RATE, 0.06, "learning rate for batch size 256, scaled with the batch size "
          "[ours; SimSiam App. D: 0.03]"),
-        ("--weight-decay", FRACTION, 5e-4, "of all parameters "
+        ("--weight-decay", FRACTION, 5e-4, "weight decay of all parameters "
          "[SimSiam App. D, MoCo CIFAR demo]"),
-        ("--sgd-momentum", FRACTION, 0.9, "[SimSiam App. D, MoCo CIFAR demo]"),
+        ("--sgd-momentum", FRACTION, 0.9, "of SGD [SimSiam App. D, MoCo CIFAR demo]"),
         ("--warmup", SHARE, 0.05, "share of all steps in which the learning rate rises "
-         "linearly; 0.05 is 10 of 200 epochs [PatrickHua/SimSiam; none: SimSiam App. D]"),
-        ("--pred-dim", COUNT, 512, "hidden units of the predictor, a quarter of z's 2048 "
+         "linearly; 0.05 is 10 of 200 epochs [PatrickHua/SimSiam; SimSiam App. D has none]"),
+        ("--pred-dim", COUNT, 512, "hidden units of the predictor; 512 is a quarter of z's 2048 "
          "[SimSiam Sec. 3]"),
         ("--fix-pred-lr", bool, True, "keep the predictor's learning rate constant "
          "[SimSiam Sec. 4.2, main_simsiam.py]"),
-        ("--stop-gradient", bool, True, "without it the outputs collapse [SimSiam Fig. 2]"),
+        ("--stop-gradient", bool, True, "else the outputs collapse [SimSiam Fig. 2]"),
         ("--local-size", within(int, 8, 4096), None, "side of local views; None: 3/7 of "
          "the side of images above 64 pixels, else all of it [official loader.py]"),
         ("--lam", within(float, 0, 1e3), 1e-4, "weight of L_ll [LoGo, second-hand]"),
@@ -113,9 +113,9 @@ def add_recipe(parser):
 
 
 def check_recipe(args, count=None):
-    """Exit with a one-line error if the images, once counted, do not fill a batch."""
+    """Exit with a one-line error if there are fewer images, count, than a batch has."""
     if count is not None and count < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is more than the {count} images: try "
+        fail(f"--batch-size {args.batch_size} is larger than the {count} images: try "
              f"--batch-size {max(2, count // 2)}")
     for low, high in (args.global_scale, args.local_scale):
         if low > high:
@@ -151,7 +151,7 @@ def neg_cosine(p, z, stop_gradient=True):
     p: (B, 2048) predictions; z: (B, 2048) projections of the other view
     """
     if stop_gradient:
-        z = z.detach()  # Alg. 1
+        z = z.detach()  # a constant target, Alg. 1
     p = F.normalize(p.float(), dim=1)
     z = F.normalize(z.float(), dim=1)
     return -(p * z).sum(1).mean()
@@ -189,17 +189,17 @@ class Affinity(nn.Sequential):
 class Model(nn.Module):
     """The networks f, g, h and the affinity.
 
-    base_encoder: makes a backbone, images to (B, num_features), with that attribute
+    base_encoder: a function that returns a backbone: images to (B, backbone.num_features)
     args: any object with `pred_dim`, such as SimpleNamespace(pred_dim=512)
     """
 
-    sync_bn = True  # several GPUs: batch norm uses the whole batch's statistics [Sec. 3]
+    sync_bn = True  # several GPUs: batch norm takes the whole batch's statistics [Sec. 3]
 
     def __init__(self, base_encoder, args):
         super().__init__()
         dim = 2048  # [SimSiam App. D]
         self.f = base_encoder()
-        # Two layers on CIFAR [SimSiam App. D]. No bias: the batch norm behind would
+        # Two layers on CIFAR [SimSiam App. D]. No bias: the batch norm after it would
         # remove it.
         self.g = nn.Sequential(
             nn.Linear(self.f.num_features, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(),
@@ -211,7 +211,7 @@ class Model(nn.Module):
 
     def forward(self, xg1, xg2, xl1, xl2):
         """Views to four p and z (B, 2048); logits (B,): L_ll's, Omega's pos and neg."""
-        # Each view passes alone, so that a batch norm sees one view at a time.
+        # The views go through separately, so a batch norm sees one view at a time.
         z = [self.g(self.f(x)) for x in (xg1, xg2, xl1, xl2)]
         p = [self.h(view) for view in z]
         pair = torch.cat([z[2], z[3]], 1)  # (B, 4096)
@@ -225,7 +225,7 @@ class Model(nn.Module):
 
 # =================== 5. Training (shared, with fences) ===================
 def learning_rate(step, total_steps, base, warmup_steps=0):
-    """A linear warmup to base, then half a cosine towards 0; step counts from 0."""
+    """A linear warmup to base, then half a cosine period to 0; step counts from 0."""
     if step < warmup_steps:
         return base * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
@@ -238,8 +238,8 @@ def train(args, data, begin=None):
     args: what `parse_args` returns; begin: when the run began, by time.perf_counter
     Returns the record of the last epoch, a dict.
     """
-    # Every process trains on its part of each batch. The last images of an epoch's order,
-    # which do not fill a batch, are left out; the next epoch has another order.
+    # Every process trains on its part of each batch. Images that do not fill the last
+    # batch of an epoch are left out; the next epoch has another order.
     rank, world, _ = processes()
     device = data.mean.device
     count = len(data.train_images)
@@ -249,7 +249,7 @@ def train(args, data, begin=None):
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
 
-    # Build the network. Up to 64 pixels, its stem keeps the full size of the images.
+    # Build the network. Its first layers (stem) do not shrink images of up to 64 pixels.
     torch.manual_seed(args.seed)
     stem = args.stem
     if stem == "auto":
@@ -285,7 +285,7 @@ def train(args, data, begin=None):
 
         for epoch in range(saved_epoch + 1, args.epochs + 1):
             # Draw the order of the images and take this process's part of each batch.
-            # A resumed run draws what an uninterrupted run draws.
+            # A resumed run gets the same random numbers as an uninterrupted one.
             seed = args.seed * 10**6 + epoch
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
             order = order[:steps * args.batch_size].view(steps, world, local_batch)
@@ -316,16 +316,16 @@ def train(args, data, begin=None):
                 optimizer.step()
                 for name, figure in figures.items():
                     history[name][step] = figure.detach()
-                if os.isatty(1):  # show in one line how far the epoch is
+                if os.isatty(1):  # show the epoch's progress in one line
                     say(f"epoch {epoch} step {step + 1} of {steps}", end="\r")
 
-            # Average over the processes. All take the first one's running statistics.
+            # Average over the processes. All copy the running statistics of process 0.
             if world > 1:
                 for values in history.values():
                     dist.all_reduce(values.div_(world))
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
-            losses = history["loss"].cpu()  # the epoch's one wait for the device
+            losses = history["loss"].cpu()  # here only, the CPU waits for the device
             seconds = time.perf_counter() - start
             if not losses.isfinite().all():
                 first = losses.isfinite().int().argmin()
@@ -352,9 +352,10 @@ def train(args, data, begin=None):
 
 # =================== 6. kNN monitor (shared) ===================
 def knn_monitor(f, data, args, batch_size, autocast):
-    """{"knn": percent of test images whose nearest training images name the right class}.
+    """{"knn": percent of test images that their nearest training images classify right}.
 
-    Without a test split every training image is tested on all others; without labels, {}.
+    Without a test split, every training image is classified by all others. Without labels
+    there is no kNN, and {} is returned.
     """
     if data.train_labels is None:
         return {}
@@ -370,12 +371,12 @@ def knn_monitor(f, data, args, batch_size, autocast):
 
 @torch.no_grad()
 def features(f, images, data, batch_size, autocast):
-    """The frozen backbone's output in evaluation mode, (N, D) float32.
+    """The backbone's output in evaluation mode, without gradient, (N, D) float32.
 
     images: (N, 3, H, W) uint8, data.train_images or data.test_images
     """
     rank, world, _ = processes()
-    rows = math.ceil(len(images) / world)  # of each process; the last image may be repeated
+    rows = math.ceil(len(images) / world)  # per process; the last image may repeat
     order = torch.arange(rank * rows, (rank + 1) * rows).clamp(max=len(images) - 1)
     parts = []
     f.eval()
@@ -387,14 +388,12 @@ def features(f, images, data, batch_size, autocast):
 
 def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1,
                  leave_one_out=False):
-    """Percent of queries whose k nearest neighbours elect the right class.
+    """Percent of queries that their k nearest neighbours classify right.
 
     [Wu et al. 1805.01978]
-    bank: (N, D) and queries: (M, D) features, normalised here; their labels (N,), (M,)
-    int64
-    leave_one_out: queries are the bank, and none is its own neighbour
-    A neighbour's vote is exp(cosine / tau). A tie goes to the lower class. k is at most
-    N.
+    bank: (N, D), queries: (M, D) features, normalised here; labels: (N,), (M,) int64
+    leave_one_out: the queries are the bank, and a query is not its own neighbour
+    A neighbour's vote is exp(cosine / tau). In a tie the lower class wins. k is cut to N.
     """
     bank = F.normalize(bank.float(), dim=1)
     k = min(k, len(bank))
@@ -405,7 +404,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
         if leave_one_out:
             cosine.diagonal(number * rows).fill_(-math.inf)  # its vote is 0
         cosine, index = cosine.topk(k, dim=1)  # (rows, k)
-        vote = torch.softmax(cosine / tau, 1)  # exp(cosine / tau), of a sum of 1
+        vote = torch.softmax(cosine / tau, 1)  # exp(cosine / tau), scaled to sum to 1
         votes = vote.new_zeros(len(vote), num_classes)
         votes.scatter_add_(1, bank_labels[index], vote)
         right += (votes.argmax(1) == label).sum()
@@ -415,7 +414,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, num_classes, k=200, tau=0.1
 def feature_std(z):
     """Standard deviation of l2-normalised z (B, D), mean over channels, times sqrt(D).
 
-    About 1 for healthy outputs, 0 for collapsed ones [SimSiam Fig. 2].
+    About 1 if the outputs are spread out, 0 if they have collapsed [SimSiam Fig. 2].
     """
     z = F.normalize(z.detach().float(), dim=1)
     return z.std(0).mean() * z.shape[1] ** 0.5
@@ -425,7 +424,7 @@ def feature_std(z):
 def unit_range(x):
     """uint8 (N, 3, H, W) to float32 in [0, 1]; ValueError for any other images."""
     if x.dtype != torch.uint8 or x.shape[1:-2] != (3,):
-        raise ValueError("colour jitter and grey need uint8 images (N, 3, H, W), "
+        raise ValueError("the augmentation needs uint8 images (N, 3, H, W), "
                          f"not {x.dtype} {tuple(x.shape)}")
     return x.float() / 255
 
@@ -433,7 +432,7 @@ def unit_range(x):
 def uniform(x, generator, *shape):
     """Random numbers (N, *shape) in [0, 1) for images x (N, ...), on their device.
 
-    All random numbers and coordinates here are float32, whatever the default dtype is.
+    In this section they are always float32, whatever torch's default dtype is.
     """
     return torch.rand(
         len(x), *shape, generator=generator, device=x.device, dtype=torch.float32)
@@ -444,8 +443,8 @@ def crop_resize(x, boxes, size):
 
     x: (N, 3, H, W); boxes: (N, 4) top, left, height, width in pixels
     Returns (N, 3, size, size) float32. Resizing is linear: a matrix product on each axis.
-    Output pixel i shows the point at_i of the box. Row i of the axis's matrix has weights
-    for the two input pixels j around that point: 1 - |at_i - j|.
+    Output pixel i is taken at position at_i of the image, inside the box. Row i of the
+    matrix holds the weight of each input pixel j: max(0, 1 - |at_i - j|).
     """
     def weights(start, length, pixels):
         at = torch.arange(0.5, size, device=x.device, dtype=torch.float32)
@@ -459,7 +458,7 @@ def crop_resize(x, boxes, size):
     top, left, height, width = boxes.float().unbind(1)
     rows = weights(top, height, x.shape[2])
     columns = weights(left, width, x.shape[3])
-    # Without autocast: bf16 has 8 bits of precision, as many as a pixel.
+    # No autocast: bf16's 8 bits are too few to compute with pixels of 8 bits.
     with torch.autocast(x.device.type, enabled=False):
         return rows[:, None] @ x.float() @ columns[:, None].mT
 
@@ -467,8 +466,9 @@ def crop_resize(x, boxes, size):
 def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
     """Crop a random box of each image, as torchvision's RandomResizedCrop.
 
-    The first of ten random boxes that fits is taken, else the largest one in the centre.
-    x: (N, 3, H, W); scale: the box's share of the area; ratio: width / height
+    The first of ten random boxes that fits is taken, else the largest centred box whose
+    ratio is allowed.
+    x: (N, 3, H, W); scale: (low, high) share of the area; ratio: (low, high) width / height
     Returns (N, 3, size, size) float32.
     """
     n, _, h, w = x.shape
@@ -481,12 +481,12 @@ def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
     fits = (width > 0) & (width <= w) & (height > 0) & (height <= h)
     missed = ~fits.any(1)
     first = fits.int().argmax(1, keepdim=True)
-    # The first try that fits, or the largest centred box whose ratio is allowed.
+    # The first box that fits, or the largest centred one.
     width = width.gather(1, first)[:, 0]
     height = height.gather(1, first)[:, 0]
     width = width.where(~missed, min(w, round(h * ratio[1])))
     height = height.where(~missed, min(h, round(w / ratio[0])))
-    # A random place for it: (2, N), the space that is left above and beside the box.
+    # A random corner: spare (2, N) are the rows and columns that the box leaves free.
     spare = torch.stack([h - height, w - width])
     place = (u[2:, :, 0] * (spare + 1)).floor().minimum(spare)
     top, left = torch.where(missed, spare // 2, place)
@@ -494,7 +494,7 @@ def random_resized_crop(x, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
 
 
 def randomly(x, changed, p, generator):
-    """Replace each image of x by that of changed with probability p."""
+    """With probability p, take an image from `changed` instead of x."""
     return torch.where(uniform(x, generator, 1, 1, 1) < p, changed, x)
 
 
@@ -504,7 +504,7 @@ def random_flip(x, generator=None):
 
 
 def grayscale(x):
-    """The luma of ITU-R BT.601, as torchvision has it: (N, 3, H, W) to (N, 1, H, W)."""
+    """The luma of ITU-R BT.601, torchvision's weights: (N, 3, H, W) to (N, 1, H, W)."""
     r, g, b = x.unbind(1)
     return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
 
@@ -527,7 +527,7 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, factor):
-    """Turn each image's hue by its factor (N,), a share of the colour circle."""
+    """Shift each image's hue by its factor (N,) of a full turn of the colour circle."""
     r, g, b = x.unbind(1)
     high, low = x.amax(1), x.amin(1)
     span = high - low
@@ -547,14 +547,14 @@ def color_jitter(x, brightness, contrast, saturation, hue, p, generator=None):
     """torchvision's ColorJitter with probability p; each image has its own factors.
 
     brightness, contrast, saturation, hue: strengths, at most 1
-    The order of the four operations is drawn once per batch, not once per image.
+    The order of the four operations is drawn once per call, not once per image.
     """
     jitter = uniform(x, generator) < p
 
     def draw(centre, strength):
         low = centre - strength
         factor = low + (centre + strength - low) * uniform(x, generator)
-        return factor.where(jitter, centre)  # the centre changes nothing
+        return factor.where(jitter, centre)  # the centre is neutral: no change
 
     operations = [
         (adjust_brightness, draw(1, brightness)),
@@ -576,9 +576,9 @@ def random_grayscale(x, p, generator=None):
 
 
 def gaussian_blur(x, sigma):
-    """Blur each image by its sigma (N,) in pixels.
+    """Blur each image with its own sigma (N,), in pixels.
 
-    The kernel is a tenth of the side wide [SimCLR App. A].
+    The kernel's width is about a tenth of the shorter side [SimCLR App. A].
     """
     n, c, h, w = x.shape
     half = max(1, min(h, w) // 20)
@@ -600,15 +600,15 @@ def random_blur(x, p, generator=None):
 
 # =================== 8. Options (shared) ===================
 def fail(message, status=2):
-    """End the program with one line on standard error."""
+    """End with one line on standard error; status 2: wrong use, 1: a failed run."""
     words = str(message).split()
     sys.stderr.write(f"error: {' '.join(words)}\n")  # one line, in one write
     raise SystemExit(status)
 
 
 def within(kind, low, high, unit=""):
-    """An argparse type: an int or a float from low to high, so neither nan nor inf."""
-    def number(text):  # argparse's message has this name
+    """An argparse type: an int or a float from low to high; nan and inf are refused."""
+    def number(text):  # argparse prints this name for text that is no number
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}{unit}")
@@ -619,7 +619,7 @@ def within(kind, low, high, unit=""):
 def file_path(text):
     """An argparse type for all paths: `~` is the home folder; no path may be empty."""
     if not text:
-        raise argparse.ArgumentTypeError("an empty path: is a variable of the shell unset?")
+        raise argparse.ArgumentTypeError("the path is empty: is a shell variable unset?")
     return os.path.expanduser(text)
 
 
@@ -630,14 +630,14 @@ SHARE = within(float, 0, 1, ", as a share of all steps: 0.05 is 10 of 200 epochs
 FLAGS = [  # name, type or choices, default, meaning
     # Data
     ("--dataset", DATASETS, "cifar10",
-     "folder: any images; shapes: drawn, needs no files"),
-    ("--data-dir", file_path, "data", "the folder, or where CIFAR is downloaded to"),
-    ("--cache-dir", file_path, None, "for a folder's decoded images; None is --data-dir"),
+     "folder: your images; shapes: drawn textures, no files"),
+    ("--data-dir", file_path, "data", "folder of images, or of CIFAR's download"),
+    ("--cache-dir", file_path, None, "where decoded images are kept; None: --data-dir"),
     ("--skip-broken", bool, False, "leave out files that cannot be read"),
-    ("--max-pixels", COUNT, None, "refuse larger images; None is 179 million"),
-    ("--image-size", within(int, 8, 4096), None, "pixels; None is 32, and for a folder "
-     "224, or the side of its images if all are squares of one smaller side"),
-    ("--workers", COUNT, 8, "threads that gather images that do not fit on the device"),
+    ("--max-pixels", COUNT, None, "refuse larger images; None: 179 million"),
+    ("--image-size", within(int, 8, 4096), None, "side in pixels; None: 32; folder: 224, "
+     "or less if all images are equal smaller squares"),
+    ("--workers", COUNT, 8, "loading threads if the images do not fit on the device"),
     # Network
     ("--arch", tuple(ARCHS), "resnet18", "backbone"),
     # Below 16 channels torch 2.11 to 2.15 corrupts memory (on the CPU, channels_last, in
@@ -645,24 +645,24 @@ FLAGS = [  # name, type or choices, default, meaning
     ("--width", within(float, 0.25, 16), 1.0, "multiplies channel counts"),
     ("--stem", ("auto", "cifar", "imagenet"), "auto", "cifar: 3x3 convolution, no "
      "max-pool; imagenet: 7x7, max-pool; auto: cifar up to 64 pixels"),
-    ("--init", file_path, None, "begin with the weights of this checkpoint, or with those "
-     "of a ResNet in torchvision's names"),
+    ("--init", file_path, None, "begin with the weights of this checkpoint, or those of "
+     "a ResNet with torchvision's parameter names"),
     # Run
     ("--epochs", COUNT, 200, "passes over the images"),
-    ("--batch-size", within(int, 2, 10**6), 512, "images in a step, of all processes"),
-    ("--seed", within(int, 0, 10**9), 0, "the same seed makes the same run"),
-    ("--device", ("auto", "cuda", "cpu", "mps"), "auto", "auto: the best there is"),
+    ("--batch-size", within(int, 2, 10**6), 512, "images per step, over all processes"),
+    ("--seed", within(int, 0, 10**9), 0, "of weights, order and views"),
+    ("--device", ("auto", "cuda", "cpu", "mps"), "auto", "auto: a GPU if there is one"),
     ("--precision", ("auto", "bf16", "fp32"), "auto", "auto: bf16 on CUDA, else fp32, "
      "as bf16 is far slower on most CPUs"),
-    ("--compile", bool, None, "torch.compile the network; None is yes on one CUDA GPU"),
+    ("--compile", bool, None, "torch.compile the network; None: only on one CUDA GPU"),
     # Output
     ("--out", file_path, None, "folder of log and checkpoint"),
-    ("--resume", bool, False, "continue the run in --out, or begin it"),
+    ("--resume", bool, False, "continue the run in --out; begin it if there is none"),
     ("--overwrite", bool, False, "replace the run in --out"),
-    ("--save-views", file_path, None, "draw eight images and their views as a PNG"),
+    ("--save-views", file_path, None, "PNG to draw: eight images and their views"),
     # Monitor
-    ("--knn-every", COUNT, None, "epochs between two kNN accuracies, which are also "
-     "taken before training and at the end; None is a fortieth of the epochs"),
+    ("--knn-every", COUNT, None, "measure the kNN every so many epochs, and before "
+     "training and at the end; None: a fortieth of the epochs"),
     ("--knn-k", COUNT, 200, "neighbours [MoCo CIFAR demo]"),
     ("--knn-tau", RATE, 0.1, "temperature of a neighbour's vote "
      "[MoCo CIFAR demo]"),
@@ -679,7 +679,7 @@ def add_flags(parser, flags):
 
 
 def parse_args(argv=None, method=METHOD):
-    """Read the flags, check all that needs no data; exit with one line if one is wrong."""
+    """Read the flags, check them without data; on an error exit with one line."""
     parser = argparse.ArgumentParser(
         description=f"Train {method}. The file itself explains the method.",
         usage="%(prog)s [flags]", allow_abbrev=False,
@@ -698,7 +698,7 @@ def parse_args(argv=None, method=METHOD):
 
 
 # =================== 9. Devices, processes and run files (shared) ===================
-SAVE_PAUSE = 20  # the next save waits this many times the last one's seconds
+SAVE_PAUSE = 20  # the next save waits 20 times as long as the last one took
 # Flags that may differ when a run is continued; all others must be the same.
 MAY_CHANGE = (
     "data_dir", "cache_dir", "max_pixels", "workers", "init", "device", "compile", "out",
@@ -706,7 +706,7 @@ MAY_CHANGE = (
 
 
 def processes():
-    """Rank, number of processes, rank on this machine, set by torchrun; else 0, 1, 0."""
+    """Rank, number of processes, local rank: from torchrun, or 0, 1, 0 without it."""
     def variable(name, default):
         return int(os.environ.get(name) or default)
 
@@ -715,12 +715,12 @@ def processes():
         return dist.get_rank(), dist.get_world_size(), local_rank
     rank, world = variable("RANK", 0), variable("WORLD_SIZE", 1)
     if rank >= world or world < variable("SLURM_NTASKS", 1):
-        fail("start several processes by torchrun, not by hand or as tasks of Slurm")
+        fail("several processes must be started with torchrun, not by hand or by srun")
     return rank, world, local_rank
 
 
 def start_process(name):
-    """The device of that name, or the best for "auto"; torchrun's processes meet here."""
+    """The device of that name, "auto" for the best; torchrun's processes connect here."""
     rank, world, local_rank = processes()
     best = torch.accelerator.current_accelerator(check_available=True)
     device = best or torch.device("cpu")
@@ -729,9 +729,9 @@ def start_process(name):
     try:
         if device.type == "cuda":
             torch.cuda.set_device(local_rank)
-            torch.backends.cudnn.benchmark = True  # time each shape's convolutions once
+            torch.backends.cudnn.benchmark = True  # find each shape's fastest kernel
         torch.zeros(1, device=device)  # fails if there is no such device
-        if world > 1:  # a long timeout: the others wait while one process decodes
+        if world > 1:  # a long timeout, for the others wait while one decodes
             dist.init_process_group(timeout=timedelta(days=1))
     except (AssertionError, RuntimeError, ValueError) as problem:
         raise UserError(f"--device {name}, process {rank} of {world}: {problem}")
@@ -758,21 +758,21 @@ def wrap(model, compiled, device):
 def gather(x):
     """Rows x (N, ...) of all processes, in the order of their ranks, with gradient.
 
-    For a loss that every process computes of all rows: a process's own rows carry the
-    gradient, times the number of processes, because DistributedDataParallel takes the
-    mean over them.
+    Every process computes the loss of all rows. Only its own rows have a gradient there.
+    It is multiplied by the number of processes, because DistributedDataParallel divides
+    by it.
     """
     if not dist.is_initialized():
         return x
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach())
-    parts[dist.get_rank()] = x.detach() + len(parts) * (x - x.detach())  # x, to the bit
+    parts[dist.get_rank()] = x.detach() + len(parts) * (x - x.detach())  # equal to x
     return torch.cat(parts)
 
 
 def restore(args, header, model, optimizer):
-    """Continue the run that is saved in --out (--resume), or begin, perhaps by --init.
+    """Continue the run in --out (--resume), or begin one, with --init's weights if given.
 
     Returns the record of the epoch that was saved, {} for a run that begins.
     Raises UserError if the saved run had other settings or data.
@@ -801,7 +801,7 @@ def restore(args, header, model, optimizer):
 
 
 def begin_with(model, path):
-    """Load all tensors of a checkpoint that fit the model; say which are new in it."""
+    """Load all tensors of a checkpoint that fit the model; say which others are new."""
     weights, saved, _ = load_weights(path)
     fill_backbone(model.f, weights)  # raises UserError if it is another network
     theirs = {f"{f}.{name}": x for name, x in weights.items() for f in ("f", "f_k")}
@@ -809,11 +809,11 @@ def begin_with(model, path):
     fitting = {name: theirs[name] for name, x in model.state_dict().items()
                if name in theirs and theirs[name].shape == x.shape}
     new = model.load_state_dict(fitting, strict=False).missing_keys
-    say(f"begins with {path}; new, as absent there or of another shape: {new}")
+    say(f"loaded {path}; new, because missing there or of another shape: {new}")
 
 
 def kept_lines(path, record):
-    """The lines of a log up to the saved epoch; UserError if its checkpoint is lost."""
+    """The lines of a log up to the saved epoch; UserError without a checkpoint."""
     lines, last = [], 0
     path.touch()
     for line in path.read_text().splitlines():
@@ -822,7 +822,7 @@ def kept_lines(path, record):
             if last <= record.get("epoch", -1):
                 lines.append(line)
     if last > 0 and not record:
-        raise UserError(f"{path} lacks a checkpoint beside it: restore it, or --overwrite")
+        raise UserError(f"the checkpoint.pt beside {path} is missing: use --overwrite")
     return lines
 
 
@@ -843,7 +843,7 @@ def describe(args, data):
 
 
 def open_log(args, header, record):
-    """Open and lock the log: its lines up to the saved epoch, and a new header."""
+    """Open and lock the log, keep its lines up to the saved epoch, add a header."""
     path = Path(args.out, "log.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [] if args.overwrite else kept_lines(path, record)
@@ -853,8 +853,8 @@ def open_log(args, header, record):
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         log.close()
-        raise UserError(f"{path} is locked by another process: choose another --out")
-    if not record:  # a run that is killed early must not resume as the one before it
+        raise UserError(f"{path} is locked, by another run: choose another --out")
+    if not record:  # else --resume after an early kill would continue the old run
         path.with_name("checkpoint.pt").unlink(missing_ok=True)
     log.truncate(0)
     print(*lines, json.dumps(header), sep="\n", file=log, flush=True)
@@ -874,7 +874,7 @@ def write_record(log, record, args, begin):
     if record["epoch"] > 0:
         line += f" left={record['minutes'] * (args.epochs / record['epoch'] - 1):.0f}min"
     if record.get("std", 1) < 0.1:
-        line += " warning: the outputs have collapsed (std)"
+        line += " warning: the outputs have collapsed (std < 0.1)"
     say(line)
 
 
@@ -904,7 +904,7 @@ def draw_views(args, data):
 
 
 def main(argv=None, method=METHOD):
-    """Train as the flags say; return the last epoch's record; errors are one line.
+    """Train as the flags say; return the last epoch's record. User errors are one line.
 
     method: the name in the log and of the folder in runs/
     """
