@@ -121,9 +121,9 @@ def parse_args(argv=None):
     add("--mean", type=value, nargs=3, help="None: training's, or ImageNet's")
     add("--std", type=value, nargs=3, help="None: training's, or ImageNet's")
     words = []
-    for word in sys.argv[1:] if argv is None else map(str, argv):
+    for word in sys.argv[1:] if argv is None else argv:
         if re.fullmatch(r"-[\d.]+e-?\d+", word):  # argparse thinks -1e-3 is a flag
-            word = format(float(word), "f")
+            word = f"{float(word):f}"
         words.append(word)
     args = parser.parse_args(words)
     given = {args.lr, args.weight_decay, args.batch_size} - {None}
@@ -569,8 +569,7 @@ def judge_all(args, path, out):
     record = {
         **describe(args, data), **results, **about,
         "used": recipe, "knn_of": before, "bf16": bf16,
-        "images": len(used), "test_images": len(data.test_images),
-        "features": bank.shape[1], "seconds": time.perf_counter() - begin}
+        "images": len(used), "test_images": len(data.test_images), "seconds": time.perf_counter() - begin}
     write_results(args, path, out, record)
     write_pictures(args, network, about, bank, data, queries)
     return results
