@@ -358,7 +358,7 @@ def fit(head, bank, labels, iterations):
         return loss
 
     optimizer.step(closure)
-    say(f"loss={closure().item():.4g}")
+    say(f"loss={closure():.4g}")
 
 
 def distill_loss(student, teacher, tau):
@@ -569,7 +569,8 @@ def judge_all(args, path, out):
     record = {
         **describe(args, data), **results, **about,
         "used": recipe, "knn_of": before, "bf16": bf16,
-        "images": len(used), "test_images": len(data.test_images), "seconds": time.perf_counter() - begin}
+        "images": len(used), "test_images": len(data.test_images),
+        "seconds": time.perf_counter() - begin}
     write_results(args, path, out, record)
     write_pictures(args, network, about, bank, data, queries)
     return results

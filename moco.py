@@ -62,7 +62,7 @@ from torch import nn
 from torchvision.utils import save_image
 
 from common import (ARCHS, DATASETS, UserError, batches, fill_backbone, load_dataset,
-                    load_weights, normalize, read_checkpoint, resnet, say)
+                    load_weights, normalize, resnet, say)
 
 try:
     import fcntl
@@ -130,10 +130,9 @@ def augment(x, args, generator=None):
 
 # =================== 3. Loss and updates (method) ===================
 def info_nce(q, k, queue, tau):
-    """InfoNCE, Eq. 1: a query's key against the queue's, mean over the batch, in nats.
+    """InfoNCE, Eq. 1, in float32: the queries' own keys against the queue's, mean, nats.
 
-    q, k: (B, D) queries and their keys, normalised here; queue: (K, D) unit vectors
-    float32 inside; k gets no gradient
+    q, k: (B, D), normalised here, k without gradient; queue: (K, D) unit vectors
     """
     with torch.autocast(q.device.type, enabled=False):  # for callers under autocast
         q = F.normalize(q.float(), dim=1)
@@ -164,7 +163,7 @@ def enqueue(queue, ptr, k):
 
 # =================== 4. Model (method) ===================
 class SplitBatchNorm2d(nn.modules.batchnorm._NormBase):
-    """A batch norm over `splits` interleaved parts of a batch, with statistics of their own.
+    """A batch norm over `splits` interleaved parts of a batch, with their own statistics.
 
     norm: an affine BatchNorm2d, whose settings and weights it takes [MoCo CIFAR demo]
     It is no BatchNorm2d itself, so that SyncBatchNorm's conversion leaves it alone.
@@ -216,7 +215,8 @@ class Model(nn.Module):
         for name, norm in list(f.named_modules()):
             if self.splits == 1 or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 continue
-            if type(norm) is not nn.BatchNorm2d or None in (norm.weight, norm.momentum):
+            settings = (norm.weight, norm.momentum, norm.running_mean)
+            if type(norm) is not nn.BatchNorm2d or None in settings:
                 raise ValueError(f"{name}, {norm}, cannot be split: use --bn-splits 1")
             f.set_submodule(name, SplitBatchNorm2d(norm, self.splits))
         widths = [*[f.num_features] * args.proj_layers, 128]
@@ -800,7 +800,7 @@ def restore(args, header, model, optimizer):
         if args.init:
             begin_with(model, args.init)
         return {}
-    saved = read_checkpoint(path)
+    _, saved, _ = load_weights(path)
     theirs = {**saved["args"], **saved.get("data", {})}
     if "warmup_epochs" in theirs:  # checkpoints of earlier versions
         theirs["warmup"] = theirs["warmup_epochs"] / theirs["epochs"]
@@ -934,7 +934,7 @@ def main(argv=None, method=METHOD):
     try:
         device = start_process(args.device)
         _, world, local_rank = processes()
-        if local_rank > 0:  # a machine's first process downloads or decodes for all
+        if local_rank:  # a machine's first process, 0, downloads or decodes for all
             dist.barrier()
         data = load_dataset(args.dataset, args.data_dir, args.image_size, args.cache_dir,
                             device, args.skip_broken, args.max_pixels)

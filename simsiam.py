@@ -62,7 +62,7 @@ from torch import nn
 from torchvision.utils import save_image
 
 from common import (ARCHS, DATASETS, UserError, batches, fill_backbone, load_dataset,
-                    load_weights, normalize, read_checkpoint, resnet, say)
+                    load_weights, normalize, resnet, say)
 
 try:
     import fcntl
@@ -717,7 +717,7 @@ def restore(args, header, model, optimizer):
         if args.init:
             begin_with(model, args.init)
         return {}
-    saved = read_checkpoint(path)
+    _, saved, _ = load_weights(path)
     theirs = {**saved["args"], **saved.get("data", {})}
     if "warmup_epochs" in theirs:  # checkpoints of earlier versions
         theirs["warmup"] = theirs["warmup_epochs"] / theirs["epochs"]
@@ -851,7 +851,7 @@ def main(argv=None, method=METHOD):
     try:
         device = start_process(args.device)
         _, world, local_rank = processes()
-        if local_rank > 0:  # a machine's first process downloads or decodes for all
+        if local_rank:  # a machine's first process, 0, downloads or decodes for all
             dist.barrier()
         data = load_dataset(args.dataset, args.data_dir, args.image_size, args.cache_dir,
                             device, args.skip_broken, args.max_pixels)

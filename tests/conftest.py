@@ -1,4 +1,7 @@
-"""What the tests share: small images and runs, what a run left, processes that start fast."""
+"""What the tests share: the table of methods, small images and runs, and what a run left.
+
+Whoever adds a script registers it in METHODS; every test of all methods then includes it.
+"""
 
 import importlib
 import json
@@ -9,14 +12,67 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torchvision.transforms.functional import to_pil_image
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for all that tests start
+import torch  # noqa: E402
+from torchvision.transforms.functional import to_pil_image  # noqa: E402
+
+torch.set_num_threads(1)  # two threads that spin on a busy core are slower than one
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = ("simclr", "moco", "simsiam", "simsiam_logo")
-OWN = {  # what fits two epochs of the 40 images of `folder`
-    "moco": ["--queue", "24", "--bn-splits", "2"]}
+
+# All that the tests know of a method alone:
+#   tokens, story, fences  budgets: tokens of the file, the line at which `train` ends at the
+#                          latest, lines inside all of its fences
+#   flags                  what a small run of the 40 images of `folder` needs beside `small_run`
+#   scales, grey           of each view, the share of the area that it shows; the share of
+#                          views that are grey
+#   width, sync_bn         columns of the first output of its Model; whether several GPUs
+#                          share the statistics of batch norm
+#   names                  functions that users import, with their arguments; None: any
+METHODS = {
+    "simclr": {
+        "tokens": 6150, "story": 325, "fences": 14,
+        "flags": [],
+        "scales": [(0.2, 1.0), (0.2, 1.0)], "grey": 0.1,
+        "width": 128, "sync_bn": True,
+        "names": {
+            "nt_xent": "z1 z2 tau",
+            "LARS": "params lr momentum weight_decay trust"},
+    },
+    "moco": {
+        "tokens": 6850, "story": 380, "fences": 20,
+        "flags": ["--queue", "24", "--bn-splits", "2"],
+        "scales": [(0.08, 1.0), (0.08, 1.0)], "grey": 0.2,
+        "width": 128, "sync_bn": False,
+        "names": {
+            "info_nce": "q k queue tau",
+            "momentum_update": "f f_k m",
+            "enqueue": "queue ptr k",
+            "SplitBatchNorm2d": "norm splits"},
+    },
+    "simsiam": {
+        "tokens": 6000, "story": 290, "fences": 14,
+        "flags": [],
+        "scales": [(0.2, 1.0), (0.2, 1.0)], "grey": 0.2,
+        "width": 2048, "sync_bn": True,
+        "names": {"neg_cosine": "p z stop_gradient"},
+    },
+    "simsiam_logo": {
+        "tokens": 6600, "story": 350, "fences": 25,
+        "flags": [],
+        "scales": [(0.4, 1.0), (0.4, 1.0), (0.2, 0.4), (0.2, 0.4)],
+        "grey": 0.2,
+        "width": 2048, "sync_bn": True,
+        "names": {
+            "neg_cosine": "p z stop_gradient",
+            "logo_loss": "p z l_ll lam pair_loss",
+            "affinity_loss": "pos neg",
+            "Affinity": "dim"},
+    },
+}
+SCRIPTS = tuple(METHODS)
+OWN = {name: method["flags"] for name, method in METHODS.items()}
 
 
 def picture(h=20, w=20, mode="RGB", seed=0):
@@ -53,7 +109,8 @@ def equal(a, b):
     if isinstance(a, torch.Tensor):
         return a.equal(b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        same_keys = a.keys() == b.keys()
+        return same_keys and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b

@@ -9,64 +9,120 @@ import torch
 import common
 import simsiam as S
 
+no_autocast = partial(torch.autocast, "cpu", torch.bfloat16, False)
 
-def naive_knn(bank, bank_labels, queries, labels, classes, k, tau):
+
+def draw(*shape, seed=0):
+    """Random normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_labels(count, classes, seed=0):
+    """Random labels."""
+    return torch.randint(classes, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def data_set(train, test, train_labels=None, test_labels=None):
+    """A Dataset of two classes."""
+    mean, std = torch.tensor([0.5, 0.4, 0.6]), torch.tensor([0.2, 0.3, 0.25])
+    return common.Dataset(train, train_labels, test, test_labels, ("a", "b"), mean, std)
+
+
+def random_images(count, size):
+    """Random uint8 images."""
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
+
+
+def cosine(a, b):
+    """The cosine of two vectors."""
+    return (torch.dot(a, b) / a.norm() / b.norm()).item()
+
+
+def naive_knn(bank, bank_labels, queries, labels, classes, k, tau, leave_one_out=False):
+    """Percent of right votes, by one loop for the queries and one for the bank."""
     right = 0
-    for query, label in zip(queries, labels):
-        cosine = sorted(((torch.dot(query, b) / query.norm() / b.norm()).item(), c.item())
-                        for b, c in zip(bank, bank_labels))
+    for number, (query, label) in enumerate(zip(queries, labels)):
+        neighbours = []
+        for other, (row, bank_label) in enumerate(zip(bank, bank_labels)):
+            if not leave_one_out or other != number:
+                neighbours.append((cosine(query, row), bank_label.item()))
+        neighbours.sort(reverse=True)
         votes = [0.0] * classes
-        for value, c in cosine[::-1][:k]:
-            votes[c] += math.exp(value / tau)
+        for value, voted in neighbours[:k]:
+            votes[voted] += math.exp(value / tau)
         right += votes.index(max(votes)) == label.item()
     return 100 * right / len(queries)
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 200])
 @pytest.mark.parametrize("tau", [0.05, 0.1, 1.0])
-def test_equals_plain_loops(k, tau):
-    draw = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(40, 5, generator=draw), torch.randn(30, 5, generator=draw)
-    bank_labels = torch.randint(4, (40,), generator=draw)
-    labels = torch.randint(4, (30,), generator=draw)
+def test_accuracy_equals_plain_loops(k, tau):
+    bank, bank_labels = draw(40, 5), draw_labels(40, 4)
+    queries, labels = draw(30, 5, seed=1), draw_labels(30, 4, seed=1)
     ours = S.knn_accuracy(bank, bank_labels, queries, labels, 4, k, tau)
-    assert ours == pytest.approx(naive_knn(bank, bank_labels, queries, labels, 4, k, tau))
+    expected = naive_knn(bank, bank_labels, queries, labels, 4, k, tau)
+    assert ours == pytest.approx(expected)
 
 
-def test_counted_by_hand():
+@pytest.mark.parametrize("k", [1, 3, 10, 200])
+@pytest.mark.parametrize("tau", [0.05, 1.0])
+def test_leave_one_out_equals_plain_loops(k, tau):
+    bank, labels = draw(40, 5), draw_labels(40, 4)
+    ours = S.knn_accuracy(bank, labels, bank, labels, 4, k, tau, leave_one_out=True)
+    expected = naive_knn(bank, labels, bank, labels, 4, k, tau, leave_one_out=True)
+    assert ours == pytest.approx(expected) and ours < 100
+    if k == 1:  # with itself among its neighbours every row is right
+        assert S.knn_accuracy(bank, labels, bank, labels, 4, k, tau) == 100
+
+
+def test_leave_one_out_leaves_out_the_query_in_every_chunk():
+    """The nearest other row of each row is almost equal and has the other label."""
+    rows, noise = draw(3000, 16), 0.01 * draw(3000, 16, seed=1)
+    bank, labels = torch.cat([rows, rows + noise]), torch.arange(6000) // 3000
+    assert 2**25 // len(bank) < len(bank)  # more than one chunk
+    assert S.knn_accuracy(bank, labels, bank, labels, 2, 1, leave_one_out=True) == 0
+    assert S.knn_accuracy(bank, labels, bank, 1 - labels, 2, 1, leave_one_out=True) == 100
+
+
+def test_accuracy_counted_by_hand():
     """A near neighbour of class 1 against two further ones of class 0: k and tau decide."""
     def at(degrees):
-        return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
-    bank, labels = torch.tensor([at(10), at(40), at(-40)]), torch.tensor([1, 0, 0])
+        angle = math.radians(degrees)
+        return [math.cos(angle), math.sin(angle)]
+
+    bank = torch.tensor([at(10), at(40), at(-40)])
+    labels = torch.tensor([1, 0, 0])
     query = torch.tensor([at(0)])
-    for k, tau, winner in ((1, 0.1, 1), (3, 0.1, 1), (3, 10.0, 0)):
-        assert S.knn_accuracy(bank, labels, query, torch.tensor([winner]), 2, k, tau) == 100
-        assert S.knn_accuracy(bank, labels, query, torch.tensor([1 - winner]), 2, k, tau) == 0
+    cases = [(1, 0.1, 1), (3, 0.1, 1), (3, 10.0, 0)]
+    for k, tau, winner in cases:
+        right, wrong = torch.tensor([winner]), torch.tensor([1 - winner])
+        assert S.knn_accuracy(bank, labels, query, right, 2, k, tau) == 100
+        assert S.knn_accuracy(bank, labels, query, wrong, 2, k, tau) == 0
 
 
-def test_length_of_features_is_no_matter():
-    draw = torch.Generator().manual_seed(0)
-    bank, labels = torch.randn(50, 8, generator=draw), torch.randint(3, (50,), generator=draw)
-    scaled = bank * torch.rand(50, 1, generator=draw) * 1000
-    assert S.knn_accuracy(scaled, labels, bank * 3, labels, 3, 1) == 100
+def test_features_of_any_length_are_normalised():
+    bank, labels = draw(50, 8), draw_labels(50, 3)
+    lengths = 1000 * draw(50, 1, seed=1).abs()
+    assert S.knn_accuracy(lengths * bank, labels, 3 * bank, labels, 3, 1) == 100
 
 
 def test_chunks_change_nothing(monkeypatch):
-    draw = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(64, 8, generator=draw), torch.randn(101, 8, generator=draw)
-    bank_labels = torch.randint(3, (64,), generator=draw)
-    labels = torch.randint(3, (101,), generator=draw)
-    largest, real = [], torch.Tensor.topk
+    bank, bank_labels = draw(64, 8), draw_labels(64, 3)
+    queries, labels = draw(101, 8, seed=1), draw_labels(101, 3, seed=1)
+    chunks, real = [], torch.Tensor.topk
 
     def topk(self, *args, **more):
-        largest.append(len(self))
+        chunks.append(len(self))
         return real(self, *args, **more)
+
     monkeypatch.setattr(torch.Tensor, "topk", topk)
     whole = S.knn_accuracy(bank, bank_labels, queries, labels, 3)
-    many = torch.randn(2**25 // 40, 8, generator=draw)  # so long that 40 queries fill a chunk
-    S.knn_accuracy(many, torch.zeros(len(many), dtype=torch.long), queries, labels, 3, 5)
-    assert largest == [101, 40, 40, 21]
-    assert whole == pytest.approx(naive_knn(bank, bank_labels, queries, labels, 3, 64, 0.1))
+    many = draw(2**25 // 40, 8, seed=2)  # so long that 40 queries fill a chunk
+    many_labels = torch.zeros(len(many), dtype=torch.long)
+    S.knn_accuracy(many, many_labels, queries, labels, 3, 5)
+    assert chunks == [101, 40, 40, 21]
+    expected = naive_knn(bank, bank_labels, queries, labels, 3, 64, 0.1)
+    assert whole == pytest.approx(expected)
 
 
 def test_small_temperature_does_not_overflow():
@@ -79,46 +135,72 @@ def test_small_temperature_does_not_overflow():
 
 def test_features_are_the_backbones_in_evaluation_mode():
     f = common.resnet("resnet18", 1 / 4).train()
-    images = torch.randint(256, (23, 3, 16, 16), dtype=torch.uint8)
+    images = random_images(23, 16)
+    data = data_set(images, images[:0])
     before = {name: value.clone() for name, value in f.state_dict().items()}
-    mean, std = torch.rand(3), torch.rand(3) + 0.1
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16, False)
-    out = S.features(f, images, mean, std, 5, autocast)
-    assert out.shape == (23, f.num_features) and not out.requires_grad and not f.training
+    out = S.features(f, images, data, 5, no_autocast)
+    assert out.shape == (23, f.num_features)
+    assert not out.requires_grad and not f.training
     assert all(value.equal(before[name]) for name, value in f.state_dict().items())
     with torch.no_grad():
-        assert torch.allclose(out, f(common.normalize(images, mean, std)), atol=1e-4)
+        expected = f(common.normalize(images, data.mean, data.std))
+    assert torch.allclose(out, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_shares_of_the_features_join_to_all(world, monkeypatch):
+def test_features_of_all_processes_are_those_of_one(world, monkeypatch):
     """Each process computes as many rows; joined and cut they are those of one process."""
-    images = torch.randint(256, (13, 3, 8, 8), dtype=torch.uint8)
+    images = random_images(13, 8)
+    data = data_set(images, images[:0])
     f = common.resnet("resnet18", 1 / 4)
-    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.2)
-    whole = S.features(f, images, mean, std, 13, torch.no_grad)
+    whole = S.features(f, images, data, 13, no_autocast)
     shares = []
-    monkeypatch.setattr(S, "gather", lambda x: shares.append(x) or x)
+
+    def gather(x):
+        shares.append(x)
+        return x
+
+    monkeypatch.setattr(S, "gather", gather)
     for rank in range(world):
-        monkeypatch.setattr(S, "processes", lambda: common.Processes(rank, world, rank))
-        S.features(f, images, mean, std, 4, torch.no_grad)
+        place = (rank, world, rank)
+        monkeypatch.setattr(S, "processes", lambda place=place: place)
+        S.features(f, images, data, 4, no_autocast)
     assert {len(share) for share in shares} == {-(-13 // world)}
     assert torch.allclose(torch.cat(shares)[:13], whole, atol=1e-5)
 
 
+def test_the_monitor_uses_the_test_split_or_else_leaves_one_out():
+    train, test = random_images(14, 8), random_images(9, 8)
+    labels = torch.arange(14) % 2
+    f, args = common.resnet("resnet18", 1 / 4), S.parse_args(["--knn-k", "3"])
+    data = data_set(train, test, labels, labels[:9])
+    bank = S.features(f, train, data, 14, no_autocast)
+    queries = S.features(f, test, data, 9, no_autocast)
+    split = naive_knn(bank, labels, queries, labels[:9], 2, 3, 0.1)
+    one_out = naive_knn(bank, labels, bank, labels, 2, 3, 0.1, leave_one_out=True)
+    ours = S.knn_monitor(f, data, args, 4, no_autocast)
+    assert ours == {"knn": pytest.approx(split)}
+    data = data_set(train, test[:0], labels)
+    ours = S.knn_monitor(f, data, args, 4, no_autocast)
+    assert ours == {"knn": pytest.approx(one_out)}
+
+
 def test_without_labels_there_is_no_accuracy():
-    data = common.Dataset(torch.zeros(4), None, torch.zeros(0), None, (), None, None)
+    data = data_set(torch.zeros(4), torch.zeros(0))
     assert S.knn_monitor(None, data, None, 4, None) == {}
 
 
 def test_feature_std_is_one_for_noise_and_zero_for_a_constant():
-    assert S.feature_std(torch.randn(4096, 256)) == pytest.approx(1, abs=0.02)
+    assert S.feature_std(draw(4096, 256)) == pytest.approx(1, abs=0.02)
     assert S.feature_std(torch.ones(64, 256)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_any_float_is_counted_in_float32(dtype):
-    bank, queries = torch.randn(300, 16).to(dtype), torch.randn(50, 16).to(dtype)
-    labels = torch.arange(300) % 3
-    low = S.knn_accuracy(bank, labels, queries, labels[:50], 3, 20)
-    assert low == S.knn_accuracy(bank.float(), labels, queries.float(), labels[:50], 3, 20)
+def test_features_of_any_dtype_are_compared_in_float32(dtype):
+    bank = draw(300, 16).to(dtype)
+    queries = draw(50, 16, seed=1).to(dtype)
+    bank_labels = torch.arange(300) % 3
+    labels = bank_labels[:50]
+    low = S.knn_accuracy(bank, bank_labels, queries, labels, 3, 20)
+    full = S.knn_accuracy(bank.float(), bank_labels, queries.float(), labels, 3, 20)
+    assert low == full
