@@ -55,6 +55,8 @@ def say(text, end="\n"):
         return
     try:
         print(text, end=end, flush=True)
+    except UnicodeEncodeError:  # a file's name, in letters that the output lacks
+        print(ascii(text))
     except OSError:
         sys.stdout = open(os.devnull, "w")
 
@@ -219,12 +221,10 @@ def sort_images(root, files):
         folders = file.relative_to(root).parts[:-1]
         if not has_split:
             folders = ("train", *folders)
+        if folders[2:3] == ("train",):  # else its test images would be trained on
+            raise UserError(f"the train/ is in {root / folders[1]}: give that as --data-dir")
         split, name = (*folders, "", "")[:2]
         tree[split.lower()][unicodedata.normalize("NFC", name)].append(file)
-    for inner in root.glob("*/train"):
-        if not has_split:  # else its test images would be trained on
-            raise UserError(
-                f"{root} has no train/, but {inner.parent} does: give that as --data-dir")
     train = tree["train"]
     classes = sorted(name for name in train if name)
     if len(classes) < 2 or (train[""] and not has_split):
@@ -280,7 +280,7 @@ def _decoded(files, root, size, cache_dir):
             decode(files, size, path)
         problems = json.loads(path.with_suffix(".json").read_text())
         return torch.from_numpy(np.load(path, mmap_mode="r")), problems
-    except OSError as problem:
+    except Exception as problem:  # a damaged file can raise any type of error
         raise UserError(f"cannot keep or read decoded images in {path.parent} ({problem}): "
                         "make room there or name another --cache-dir")
 
@@ -508,10 +508,7 @@ def read_checkpoint(path):
     if Path(path).is_dir():
         path = Path(path, "checkpoint.pt")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict):
-            raise TypeError
-        return saved
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as problem:  # a damaged file can raise any type of error
         cause = ("it is missing, truncated, a web page, TorchScript, or not a dict of "
                  f"tensors ({type(problem).__name__})")

@@ -115,11 +115,11 @@ def parse_args(argv=None):
     parser.error = lambda message: fail(f"{message} (order: CHECKPOINT, then flags)")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=file_path)
     add_flags(parser, FLAGS)
-    add, value = parser.add_argument, within(float, -10, 10)
+    add = parser.add_argument
     add("--knn", type=COUNT, nargs="*", default=[1, 5, 20, 200],
         help="values of k, one accuracy each")
-    add("--mean", type=value, nargs=3, help="None: training's, or ImageNet's")
-    add("--std", type=value, nargs=3, help="None: training's, or ImageNet's")
+    add("--mean", type=within(float, -10, 10), nargs=3, help="None: training's, or ImageNet's")
+    add("--std", type=within(float, 1e-6, 10), nargs=3, help="None: training's, or ImageNet's")
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         if re.fullmatch(r"-[\d.]+e-?\d+", word):  # argparse thinks -1e-3 is a flag

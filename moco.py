@@ -98,11 +98,10 @@ def add_recipe(parser):
 
 def check_recipe(args, count=None):
     """Exit with a one-line error if flags contradict each other or count, the images."""
-    _, world, _ = processes()
+    world = processes()[1]
     splits = max(1, args.bn_splits // world) * world
     if args.batch_size % splits or args.batch_size == splits:
-        fail(f"--bn-splits: --batch-size must be a multiple of {splits}, at least "
-             f"{2 * splits}")
+        fail(f"--bn-splits: --batch-size must be 2, 3, ... times {splits}")
     if count is not None and args.queue + args.batch_size > count:
         fail(f"--queue and --batch-size are together more than the {count} images: try "
              f"--queue {max(1, count // 2)} --batch-size {max(2, count // 4)} --bn-splits 1")
@@ -175,13 +174,14 @@ class SplitBatchNorm2d(nn.modules.batchnorm._NormBase):
         self.splits = splits
 
     def forward(self, x):
-        n, c, h, w = x.shape
+        c = x.shape[1]
         splits = self.splits if self.training else 1
         mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
         # The channels of a part become channels of their own.
         parts = F.batch_norm(
-            x.reshape(n // splits, c * splits, h, w), mean, var, self.weight.repeat(splits),
-            self.bias.repeat(splits), self.training, self.momentum, self.eps)
+            x.reshape(-1, c * splits, *x.shape[2:]), mean, var,
+            self.weight.repeat(splits), self.bias.repeat(splits),
+            self.training, self.momentum, self.eps)
         self.running_mean.copy_(mean.view(splits, c).mean(0))
         self.running_var.copy_(var.view(splits, c).mean(0))
         return parts.view(x.shape).contiguous(memory_format=torch.channels_last)
@@ -215,8 +215,8 @@ class Model(nn.Module):
         for name, norm in list(f.named_modules()):
             if self.splits == 1 or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 continue
-            settings = (norm.weight, norm.momentum, norm.running_mean)
-            if type(norm) is not nn.BatchNorm2d or None in settings:
+            if type(norm) is not nn.BatchNorm2d or None in (
+                    norm.weight, norm.momentum, norm.running_mean):
                 raise ValueError(f"{name}, {norm}, cannot be split: use --bn-splits 1")
             f.set_submodule(name, SplitBatchNorm2d(norm, self.splits))
         widths = [*[f.num_features] * args.proj_layers, 128]
@@ -709,8 +709,7 @@ def parse_args(argv=None, method=METHOD):
     args = parser.parse_args(argv)
     world = processes()[1]
     if args.batch_size % world or args.batch_size < 2 * world:
-        fail(f"--batch-size {args.batch_size} cannot be split over {world} processes: each "
-             "needs the same number of images, at least 2")
+        fail(f"--batch-size must be a multiple of {world} processes, at least {2 * world}")
     check_recipe(args)
     return args
 
@@ -752,7 +751,7 @@ def start_process(name):
         if world > 1:  # a long timeout, for the others wait while one decodes
             dist.init_process_group(timeout=timedelta(days=1))
     except (AssertionError, RuntimeError, ValueError) as problem:
-        raise UserError(f"--device {name}, process {rank} of {world}: {problem}")
+        raise UserError(f"--device {name}, process {rank} of {world}: {problem!s:.300}")
     return device
 
 
@@ -944,12 +943,12 @@ def main(argv=None, method=METHOD):
         if args.save_views:
             draw_views(args, data)
         record = train(args, data, begin)
-    except (OSError, UserError, MemoryError) as problem:
+    except (OSError, UserError) as problem:
         fail(problem)
-    except RuntimeError as problem:
-        if "memory" not in str(problem):
+    except (MemoryError, RuntimeError) as problem:
+        if "memory" not in repr(problem).lower():
             raise
-        fail(f"try a smaller batch, network or image size: {problem}", 1)
+        fail(f"out of memory, try a smaller batch, network or image size: {problem!r:.300}", 1)
     if dist.is_initialized():
         dist.destroy_process_group()
     say(f"wrote {args.out}; next: python linear_eval.py {args.out}")

@@ -691,8 +691,7 @@ def parse_args(argv=None, method=METHOD):
     args = parser.parse_args(argv)
     world = processes()[1]
     if args.batch_size % world or args.batch_size < 2 * world:
-        fail(f"--batch-size {args.batch_size} cannot be split over {world} processes: each "
-             "needs the same number of images, at least 2")
+        fail(f"--batch-size must be a multiple of {world} processes, at least {2 * world}")
     check_recipe(args)
     return args
 
@@ -734,7 +733,7 @@ def start_process(name):
         if world > 1:  # a long timeout, for the others wait while one decodes
             dist.init_process_group(timeout=timedelta(days=1))
     except (AssertionError, RuntimeError, ValueError) as problem:
-        raise UserError(f"--device {name}, process {rank} of {world}: {problem}")
+        raise UserError(f"--device {name}, process {rank} of {world}: {problem!s:.300}")
     return device
 
 
@@ -926,12 +925,12 @@ def main(argv=None, method=METHOD):
         if args.save_views:
             draw_views(args, data)
         record = train(args, data, begin)
-    except (OSError, UserError, MemoryError) as problem:
+    except (OSError, UserError) as problem:
         fail(problem)
-    except RuntimeError as problem:
-        if "memory" not in str(problem):
+    except (MemoryError, RuntimeError) as problem:
+        if "memory" not in repr(problem).lower():
             raise
-        fail(f"try a smaller batch, network or image size: {problem}", 1)
+        fail(f"out of memory, try a smaller batch, network or image size: {problem!r:.300}", 1)
     if dist.is_initialized():
         dist.destroy_process_group()
     say(f"wrote {args.out}; next: python linear_eval.py {args.out}")
