@@ -174,7 +174,7 @@ def _load_folder(root, size, cache_dir, skip_broken):
     labels = torch.tensor([*train.values(), *test.values()])[readable]
     count, end = readable[:len(train)].sum(), len(labels)
     train_labels = labels[:count] if classes else None
-    test_labels = labels[count:] if test else None
+    test_labels = labels[count:] if end > count else None
     return images[:count], train_labels, images[count:end], test_labels, classes
 
 
@@ -220,9 +220,9 @@ def sort_images(root, files):
     for file in files:
         folders = file.relative_to(root).parts[:-1]
         if not has_split:
+            if folders[1:2] == ("train",):  # else its test images would be trained on
+                raise UserError(f"{root / folders[0]} has a train/: give that as --data-dir")
             folders = ("train", *folders)
-        if folders[2:3] == ("train",):  # else its test images would be trained on
-            raise UserError(f"the train/ is in {root / folders[1]}: give that as --data-dir")
         split, name = (*folders, "", "")[:2]
         tree[split.lower()][unicodedata.normalize("NFC", name)].append(file)
     train = tree["train"]

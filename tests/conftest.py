@@ -38,7 +38,7 @@ METHODS = {
         "width": 128, "sync_bn": True,
         "names": {
             "nt_xent": "z1 z2 tau",
-            "LARS": "params lr momentum weight_decay trust"},
+            "LARS": "params lr momentum weight_decay"},
     },
     "moco": {
         "tokens": 6850, "story": 380, "fences": 20,

@@ -3,8 +3,8 @@
     python tests/report.py                                  what the project shows: see OUTPUTS
     python tests/report.py runs/*/log.jsonl --svg curves.svg      your own runs
 
-OUTPUTS: tests/reference/RESULTS.md (every kept run), tests/reference/curves.svg and the table of
-README.md between its two markers, all from the logs under tests/reference/.
+OUTPUTS: tests/reference/RESULTS.md (every kept run), tests/reference/curves.svg and the tables of
+README.md between its two markers, all from the logs and published.json under tests/reference/.
 """
 
 import argparse
@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 REFERENCE = ROOT / "tests" / "reference"
 FOLDERS = {
+    "cpu": "Do all four methods learn CIFAR-10 by their defaults, beside lightly? (cpu/PLAN.md; "
+           "1.2 million views at a quarter of the width)",
     "headline": "What do the defaults, today's or earlier ones, reach in 200 epochs on CIFAR-10?",
     "few_epochs": "Does kNN rise within minutes on a CPU? (This does not rank the methods.)",
     "distillation": "SimCLR v2's three steps on a CPU: does a student beat its teacher? (PLAN.md)",
@@ -28,18 +30,7 @@ FOLDERS = {
                                   "width? (PLAN.md; arms a, b, ... as there)",
     "ablations/logo_weights": "How are LoGo's terms best weighed? (PLAN.md, amendment 9; arms f, "
                               "g, ... as there; f30: five epochs of f by part 2)"}
-METHODS = {  # idea, published kNN at 200 epochs and batch 512, its source
-    "simclr": ("all other views of the batch are negatives", "82.8-84.8",
-               "[lightly](https://docs.lightly.ai/self-supervised-learning/getting_started/"
-               "benchmarks.html), tables of 2022 and today"),
-    "moco": ("queued keys of a slow copy are negatives", "84.7-85.3",
-             "lightly; [the authors' demo](https://colab.research.google.com/github/"
-             "facebookresearch/moco/blob/colab-notebook/colab/moco_cifar10_demo.ipynb)"),
-    "simsiam": ("a predictor and a stop-gradient, no negatives", "76.4-81.7",
-                "lightly, tables of today and 2023"),
-    "simsiam_logo": ("SimSiam with two local views more", "87.7",
-                     "the paper, quoted second-hand; its epochs and k are not known")}
-COLORS = {"simclr": "#0072b2", "moco": "#009e73", "simsiam": "#d55e00", "simsiam_logo": "#cc79a7"}
+PUBLISHED = json.loads((REFERENCE / "published.json").read_text())  # a method's facts, by name
 
 
 def read(path):
@@ -62,15 +53,16 @@ def read(path):
 
 def method(path, header):
     """The script that wrote a log: by its header, or by the file's name if that is older."""
-    names = [name for name in METHODS if Path(path).stem.startswith(name)]
-    return header.get("method") or max(names, key=len)
+    names = [name for name in PUBLISHED if name in Path(path).stem]
+    named = header.get("method") or header["args"].get("method")
+    return named or max(names, key=len)
 
 
 def command(name, args):
     """What to type today, but for places and what changes nothing but how often there is a kNN."""
     defaults = vars(importlib.import_module(name).parse_args([]))
     places = ("out", "seed", "workers", "cache_dir", "resume", "overwrite", "save_views", "device",
-              "knn_every")
+              "knn_every", "method")
     words = [f"python {name}.py"]
     for key, value in args.items():
         flag = "--" + key.replace("_", "-")
@@ -90,9 +82,12 @@ def last(epochs):
 
 
 def minutes(epochs):
-    """Training and monitoring, as logged."""
-    return sum(record.get("seconds") or 0 for record in epochs[1:]) / 60 + sum(
-        record.get("knn_seconds") or 0 for record in epochs) / 60
+    """From start to end; earlier versions logged the seconds of training and monitoring alone."""
+    if "minutes" in epochs[-1]:
+        return epochs[-1]["minutes"]
+    seconds = [record.get("seconds") or 0 for record in epochs[1:]]
+    monitoring = [record.get("knn_seconds") or 0 for record in epochs]
+    return (sum(seconds) + sum(monitoring)) / 60
 
 
 def spread(values, digits=1):
@@ -193,87 +188,144 @@ def mark(path):
 
 def headline():
     """Method to its runs of 200 epochs; those by today's defaults, if there are any."""
-    groups = sorted(runs("headline").items(), key=lambda item: not mark(item[1][0][0]))
+    groups = list(runs("headline").items())
+    groups.sort(key=lambda item: not mark(item[1][0][0]))
     return {name: group for (name, *_), group in groups}
 
 
-def table():
-    """README's table of the methods."""
-    out = ["| method | what keeps the constant solution away | kNN here | published | linear here "
-           "| minutes | command |", "|---|---|---|---|---|---|---|"]
-    found = headline()
-    for name, (idea, published, source) in METHODS.items():
-        knn = took = linear = "-"
-        if name in found:
-            ends, (path, header, _) = [last(epochs) for _, _, epochs in found[name]], found[name][0]
-            device = re.sub(r"NVIDIA | 80GB HBM3", "", header["device"])
-            knn = f"{spread(ends)}{mark(path)}"
-            took = f"{spread([minutes(e) for _, _, e in found[name]], 0)} ({device})"
-            judge = path.with_name(f"linear_eval_{path.name}")
-            if judge.exists():
-                linear = f"{json.loads(judge.read_text().splitlines()[0])['top1']:.1f}{mark(path)}"
-        out.append(f"| `{name}.py` | {idea} | {knn} | {published}: {source} | "
-                   f"{linear} | {took} | `python {name}.py` |")
+def cpu_cell(arm):
+    """The kNN of an arm of the CPU plan, over its seeds, or that no run of it has ended."""
+    ends, seeds = [], []
+    paths = sorted((REFERENCE / "cpu").glob(f"{arm}_seed*.jsonl"))
+    for path in paths:
+        header, epochs = read(path)
+        if epochs[-1]["epoch"] == header["args"]["epochs"]:
+            ends.append(last(epochs))
+            seeds.append(path.stem.split("_seed")[1])
+    if not ends:
+        return "unfinished" if paths else "not run yet"
+    return f"{spread(ends)}, seed {' '.join(seeds)}"
+
+
+def tables():
+    """README's two tables of the methods: one CPU core, and one GPU."""
+    out = ["One CPU core, 1.2 million views (12 epochs of two views, 6 of LoGo's four), a quarter "
+           "of the width:", "",
+           "| method | idea | kNN here | kNN lightly |", "|---|---|---|---|"]
+    for name, facts in PUBLISHED.items():
+        peer = cpu_cell(f"lightly_{'fastsiam' if name == 'simsiam_logo' else name}")
+        if name == "simsiam_logo" and peer[0] != "n":
+            peer += " (FastSiam)"
+        out.append(f"| `{name}.py` | {facts['idea']} | {cpu_cell(name)} | {peer} |")
+    out += ["", "One GPU, 200 epochs, full width, batch size 512:", "",
+            "| method | kNN here | linear here | minutes | published kNN |",
+            "|---|---|---|---|---|"]
+    for name, group in headline().items():
+        path, header, _ = group[0]
+        ends = [last(epochs) for _, _, epochs in group]
+        device = re.sub(r"NVIDIA | 80GB HBM3", "", header["device"])
+        took = spread([minutes(epochs) for _, _, epochs in group], 0)
+        judge = path.with_name(f"linear_eval_{path.name}")
+        linear = "-"
+        if judge.exists():
+            linear = f"{json.loads(judge.read_text().splitlines()[0])['top1']:.1f}"
+        out.append(f"| `{name}.py`{mark(path)} | {spread(ends)} | {linear} | {took} ({device}) | "
+                   f"{PUBLISHED[name]['published']} |")
     return "\n".join(out)
 
 
-def svg(curves, dashed=()):
-    """Curves (label, color, [(epoch, kNN)]) and dashed lines (label, color, kNN) as plain SVG."""
-    names = [f"{label} {points[-1][1]:.1f}" for label, _, points in curves] + [
-        f"{label} {knn:.1f}" for label, _, knn in dashed]
+def svg(curves, unit="epoch"):
+    """Curves (label, color, [(x, kNN)], dashed) as plain SVG."""
+    names = [f"{label} {points[-1][1]:.1f}" for label, _, points, _ in curves]
     left, bottom, right = 46, 40, 32 + 7 * max(map(len, names))
     width, height = 550 + right, 400
-    epochs = max(epoch for *_, points in curves for epoch, _ in points)
-    values = [knn for *_, points in curves for _, knn in points] + [knn for *_, knn in dashed]
-    low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
+    most = max(x for _, _, points, _ in curves for x, _ in points)
+    values = [knn for _, _, points, _ in curves for _, knn in points]
+    low = 10 * math.floor(min(values) / 10)
+    high = 10 * math.ceil(max(values) / 10)
 
-    def at(epoch, knn):
-        x = left + (width - left - right) * epoch / max(epochs, 1)
-        return x, height - bottom - (height - bottom - 16) * (knn - low) / max(high - low, 1)
+    def at(x, knn):
+        across = left + (width - left - right) * x / max(most, 1e-9)
+        return across, height - bottom - (height - bottom - 16) * (knn - low) / max(high - low, 1)
 
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-           'font-family="sans-serif" font-size="12">',
+           'font-family="sans-serif" font-size="15">',
            "<style>text{fill:#24292f}.axis{stroke:#8c959f}"
            "@media(prefers-color-scheme:dark){text{fill:#d0d7de}}</style>"]
     for knn in range(low, high + 1, 10):
         x, y = at(0, knn)
         out += [f'<line class="axis" x1="{x}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" '
                 'stroke-opacity=".3"/>', f'<text x="{x - 26}" y="{y + 4:.1f}">{knn}</text>']
-    for part in range(5):
-        x, y = at(epochs * part / 4, low)
-        out.append(f'<text x="{x - 8:.1f}" y="{y + 18:.1f}">{epochs * part / 4:g}</text>')
-    out.append(f'<text x="{left}" y="{height - 6}">epoch; kNN accuracy in percent</text>')
+    for tick in ticks(most):
+        x, y = at(tick, low)
+        out.append(f'<text x="{x - 8:.1f}" y="{y + 18:.1f}">{tick:g}</text>')
+    out.append(f'<text x="{left}" y="{height - 4}">{unit}; kNN accuracy in percent</text>')
     labels = []
-    for label, color, points in curves:
+    for label, color, points, dashed in curves:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
-        out.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        dash = ' stroke-dasharray="6 4"' if dashed else ""
+        out.append(f'<polyline points="{path}" fill="none" stroke="{color}" '
+                   f'stroke-width="2"{dash}/>')
         labels.append((at(*points[-1])[1], f"{label} {points[-1][1]:.1f}", color))
-    for label, color, knn in dashed:
-        y = at(0, knn)[1]
-        out.append(f'<line x1="{left}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" '
-                   f'stroke="{color}" stroke-dasharray="5 4"/>')
-        labels.append((y, f"{label} {knn:.1f}", color))
     free = 0.0
     for y, text, color in sorted(labels):
-        free = max(free + 14, y)  # no label over another
+        free = max(free + 17, y)  # no label over another
         out += [f'<rect x="{width - right + 8}" y="{free - 4:.1f}" width="8" height="8" '
                 f'fill="{color}"/>', f'<text x="{width - right + 20}" y="{free + 4:.1f}">'
                 f"{escape(text)}</text>"]
     return "\n".join([*out, "</svg>", ""])
 
 
+def ticks(most):
+    """About four round numbers from 0 to `most`."""
+    rough = max(most, 1e-9) / 4
+    power = 10 ** math.floor(math.log10(rough))
+    step = power * min((1, 2, 5, 10), key=lambda factor: abs(factor * power - rough))
+    return [step * i for i in range(1 + math.floor(most / step + 1e-9))]
+
+
 def curve(epochs):
     return [(record["epoch"], record["knn"]) for record in epochs if record.get("knn") is not None]
 
 
-def headline_svg():
-    """The 200-epoch runs and what is published for them."""
-    found = headline()
-    curves = [(name + mark(group[0][0]), COLORS[name], curve(group[0][2]))
-              for name, group in found.items()]
-    dashed = [(f"{name}, published", COLORS[name], float(METHODS[name][1].split("-")[-1]))
-              for name in found]
-    return svg(curves, dashed)
+def figure():
+    """kNN against views trained of the CPU plan's first seeds, ours solid, lightly's dashed."""
+    curves = []
+    for path in sorted((REFERENCE / "cpu").glob("*_seed0.jsonl")):
+        header, epochs = read(path)
+        name = method(path, header)
+        arm = path.stem.removesuffix("_seed0")
+        if arm.removeprefix("lightly_") not in (*PUBLISHED, "fastsiam"):
+            continue
+        facts = PUBLISHED[name]
+        images = header.get("images") or header["data"]["images"]
+        millions = images * facts["views"] / 1e6
+        points = [(epoch * millions, knn) for epoch, knn in curve(epochs)]
+        curves.append((arm.replace("_", " "), facts["color"], points, "lightly" in arm))
+    return svg(curves, "million views trained") if curves else ""
+
+
+def healthy():
+    """Loss, std and kNN of the first kept run of SimSiam's schedule, as three small panels."""
+    path = REFERENCE / "ablations" / "simsiam_schedule" / "simsiam_c_seed0.jsonl"
+    _, epochs = read(path)
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 190" '
+           'font-family="sans-serif" font-size="15">',
+           "<style>text{fill:#24292f}@media(prefers-color-scheme:dark){text{fill:#d0d7de}}</style>"]
+    for panel, name in enumerate(("loss", "std", "knn")):
+        points = [(record["epoch"], record[name]) for record in epochs if name in record]
+        values = [value for _, value in points]
+        low, high = min(values), max(values)
+        left = 10 + 220 * panel
+        shown = []
+        for epoch, value in points:
+            x = left + 190 * epoch / epochs[-1]["epoch"]
+            shown.append(f"{x:.1f},{150 - 110 * (value - low) / (high - low):.1f}")
+        out += [f'<text x="{left}" y="18">{name}: {values[0]:.3g} to {values[-1]:.3g}</text>',
+                f'<polyline points="{" ".join(shown)}" fill="none" stroke="#d55e00" '
+                'stroke-width="2"/>',
+                f'<text x="{left}" y="178">epoch 0 to {epochs[-1]["epoch"]}</text>']
+    return "\n".join([*out, "</svg>", ""])
 
 
 def main(argv=None):
@@ -284,7 +336,7 @@ def main(argv=None):
     if bool(args.logs) != bool(args.svg):
         parser.error("your own runs need both, their logs and --svg")
     if args.logs:
-        colors, curves = [*COLORS.values()], []
+        colors, curves = [facts["color"] for facts in PUBLISHED.values()], []
         for path in args.logs:
             try:
                 points, label = curve(read(path)[1]), Path(path).parent.name
@@ -293,16 +345,19 @@ def main(argv=None):
             said = f"{points[-1][1]:.2f} after epoch {points[-1][0]}" if points else "no kNN"
             print(f"{label}: {said}")
             if points:
-                curves.append((label, colors[len(curves) % len(colors)], points))
+                curves.append((label, colors[len(curves) % len(colors)], points, False))
         if curves:
             Path(args.svg).write_text(svg(curves))
             print(f"wrote {args.svg}")
         return
     (REFERENCE / "RESULTS.md").write_text(results())
-    (REFERENCE / "curves.svg").write_text(headline_svg())
+    (REFERENCE / "healthy.svg").write_text(healthy())
+    drawn = figure()
+    if drawn:
+        (REFERENCE / "curves.svg").write_text(drawn)
     readme = ROOT / "README.md"
     text = re.sub(r"(?s)(<!-- results -->\n).*(<!-- /results -->)",
-                  lambda found: f"{found[1]}{table()}\n{found[2]}", readme.read_text())
+                  lambda found: f"{found[1]}{tables()}\n{found[2]}", readme.read_text())
     readme.write_text(text)
 
 
