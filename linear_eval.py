@@ -144,7 +144,7 @@ def load_network(args, path):
     is assumed, and one printed line says what, and which tensors are not used.
     """
     weights, saved, left_out = load_weights(path, args.prefix)
-    own = "backbone" in saved and "args" in saved
+    own = "backbone" in saved and "mean" in saved
     trained = saved["args"] if own else {}
     about = read_as(args, weights, saved if own else {}, trained)
     stem = "cifar" if about["stem"] == "3x3" else "imagenet"

@@ -265,7 +265,7 @@ def train(args, data, begin=None):
             if not losses.isfinite().all():
                 first = losses.isfinite().int().argmin()
                 fail(f"the loss is {losses[first]} at epoch {epoch}, step {first + 1} of "
-                     f"{steps}: try a lower --lr; epoch {saved_epoch} is saved", 1)
+                     f"{steps}: try a lower --lr; epoch {saved_epoch or '(none)'} is saved", 1)
 
             # Monitor, log and save.
             record = {
@@ -570,25 +570,25 @@ FLAGS = [  # name, type or choices, default, meaning
     ("--cache-dir", file_path, None, "where decoded images are kept; None: --data-dir"),
     ("--skip-broken", bool, False, "leave out files that cannot be read"),
     ("--max-pixels", COUNT, None, "refuse larger images; None: 179 million"),
-    ("--image-size", within(int, 8, 4096), None, "side in pixels; None: 32; folder: 224, "
-     "or less if all images are equal smaller squares"),
+    ("--image-size", within(int, 8, 4096), None,
+     "side in pixels; None: 32; folder: 224, or less if all are equal smaller squares"),
     ("--workers", COUNT, 8, "loading threads if the images do not fit on the device"),
     # Network
     ("--arch", tuple(ARCHS), "resnet18", "backbone"),
     # Below 16 channels torch 2.11 to 2.15 corrupts memory (on the CPU, channels_last, in
     # 1x1 convolutions with stride 2).
     ("--width", within(float, 0.25, 16), 1.0, "multiplies channel counts"),
-    ("--stem", ("auto", "cifar", "imagenet"), "auto", "cifar: 3x3 convolution, no "
-     "max-pool; imagenet: 7x7, max-pool; auto: cifar up to 64 pixels"),
-    ("--init", file_path, None, "begin with the weights of this checkpoint, or those of "
-     "a ResNet with torchvision's parameter names"),
+    ("--stem", ("auto", "cifar", "imagenet"), "auto",
+     "cifar: 3x3, no max-pool; imagenet: 7x7, max-pool; auto: cifar up to 64 pixels"),
+    ("--init", file_path, None,
+     "begin with the weights of this checkpoint, or of a ResNet with torchvision's names"),
     # Run
     ("--epochs", COUNT, 200, "passes over the images"),
     ("--batch-size", within(int, 2, 10**6), 512, "images per step, over all processes"),
     ("--seed", within(int, 0, 10**9), 0, "of weights, order and views"),
     ("--device", ("auto", "cuda", "cpu", "mps"), "auto", "auto: a GPU if there is one"),
-    ("--precision", ("auto", "bf16", "fp32"), "auto", "auto: bf16 on CUDA, else fp32, "
-     "as bf16 is far slower on most CPUs"),
+    ("--precision", ("auto", "bf16", "fp32"), "auto",
+     "auto: bf16 on CUDA, else fp32, as bf16 is far slower on most CPUs"),
     ("--compile", bool, None, "torch.compile the network; None: only on one CUDA GPU"),
     # Output
     ("--out", file_path, None, "folder of log and checkpoint"),
@@ -596,11 +596,11 @@ FLAGS = [  # name, type or choices, default, meaning
     ("--overwrite", bool, False, "replace the run in --out"),
     ("--save-views", file_path, None, "PNG to draw: eight images and their views"),
     # Monitor
-    ("--knn-every", COUNT, None, "measure the kNN every so many epochs, and before "
-     "training and at the end; None: a fortieth of the epochs"),
+    ("--knn-every", COUNT, None,
+     "epochs between two kNN, also before and after training; None: a fortieth of all"),
     ("--knn-k", COUNT, 200, "neighbours [MoCo CIFAR demo]"),
-    ("--knn-tau", RATE, 0.1, "temperature of a neighbour's vote "
-     "[MoCo CIFAR demo]"),
+    ("--knn-tau", RATE, 0.1,
+     "temperature of a neighbour's vote [MoCo CIFAR demo]"),
 ]
 
 
@@ -751,11 +751,12 @@ def kept_lines(path, record):
     lines, last = [], 0
     path.touch()
     for line in path.read_text().splitlines():
-        with suppress(ValueError):  # raised for a line that a kill has cut
-            last = json.loads(line).get("epoch", 0)
-            if last <= record.get("epoch", -1):
+        with suppress(Exception):  # a line that a kill has cut, or that is no record
+            epoch = json.loads(line).get("epoch", 0)
+            last = max(last, epoch)
+            if epoch <= record.get("epoch", -1):
                 lines.append(line)
-    if last > 0 and not record:
+    if last > 1 and not record:  # a kill during the first save leaves epoch 1 alone
         raise UserError(f"the checkpoint.pt beside {path} is missing: use --overwrite")
     return lines
 
@@ -785,9 +786,11 @@ def open_log(args, header, record):
     try:
         if fcntl:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         log.close()
         raise UserError(f"{path} is locked, by another run: choose another --out")
+    except OSError:
+        pass  # some network file systems have no locks
     if not record:  # else --resume after an early kill would continue the old run
         path.with_name("checkpoint.pt").unlink(missing_ok=True)
     log.truncate(0)

@@ -313,7 +313,8 @@ def healthy():
            'font-family="sans-serif" font-size="15">',
            "<style>text{fill:#24292f}@media(prefers-color-scheme:dark){text{fill:#d0d7de}}</style>"]
     for panel, name in enumerate(("loss", "std", "knn")):
-        points = [(record["epoch"], record[name]) for record in epochs if name in record]
+        points = [(record["epoch"], record[name]) for record in epochs
+                  if record.get(name) is not None]
         values = [value for _, value in points]
         low, high = min(values), max(values)
         left = 10 + 220 * panel

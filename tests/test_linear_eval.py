@@ -100,9 +100,9 @@ def test_linear_mode_changes_no_bit_of_the_backbone(name, run, tmp_path):
         path.unlink()
 
 
-def fitted(bank, labels, queries, truth, classes):
-    """Test accuracy of a logistic regression by L-BFGS with scikit-learn's penalty (C = 1)."""
-    mean, std = bank.double().mean(0), bank.double().std(0)
+def fitted(bank, labels, queries, classes):
+    """Probabilities by a logistic regression with scikit-learn's penalty (C = 1), by L-BFGS."""
+    mean, std = bank.double().mean(0), bank.double().std(0, correction=0)
     std = std.where(std > 0, 1)
     x, q = ((part.double() - mean) / std for part in (bank, queries))
     weight = torch.zeros(x.shape[1] + 1, classes, dtype=torch.double, requires_grad=True)
@@ -115,8 +115,7 @@ def fitted(bank, labels, queries, truth, classes):
         loss.backward()
         return loss
     optimizer.step(closure)
-    predicted = (q @ weight[:-1] + weight[-1]).argmax(1)
-    return 100 * (predicted == truth).double().mean().item()
+    return (q @ weight[:-1] + weight[-1]).softmax(1).detach()
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +129,21 @@ def shapes():
     f = common.resnet(width=0.25)
     bank = simsiam.features(f, data.train_images, data, 500, FP32)
     queries = simsiam.features(f, data.test_images, data, 500, FP32)
-    return data, bank, queries, fitted(bank, data.train_labels, queries, data.test_labels, 10)
+    return data, bank, queries, fitted(bank, data.train_labels, queries, 10)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_linear_mode_is_within_half_a_point_of_a_logistic_regression(scale, shapes):
-    """Whatever the scale of the features, with the defaults."""
+def test_linear_mode_is_logistic_regression(scale, shapes):
+    """Whatever the scale of the features, with the defaults; within half a point."""
     data, bank, queries, theirs = shapes
     bank, queries = scale * bank, scale * queries
     keep = torch.arange(2000)
-    ours, _, _ = linear_eval.classify(
+    end, head, _ = linear_eval.classify(
         nn.Identity(), bank, queries, keep, data, parse(), None)
-    assert abs(ours["top1"] - theirs) < 0.5
-    assert ours["top5"] > ours["top1"] > 25
+    assert (head(queries).softmax(1) - theirs).abs().max() < 0.02
+    right = (theirs.argmax(1) == data.test_labels).double().mean().item()
+    assert abs(end["top1"] - 100 * right) < 0.5
+    assert end["top5"] > end["top1"] > 25
 
 
 def test_linear_mode_stops_after_as_many_iterations_as_epochs(shapes):
@@ -157,13 +158,15 @@ def test_linear_mode_stops_after_as_many_iterations_as_epochs(shapes):
     assert 0 < norms[0] < 0.5 * norms[1]
 
 
+@pytest.mark.parametrize("constant", [0, 101])
 @pytest.mark.parametrize("mode", ["linear", "finetune"])
-def test_a_channel_that_is_constant_in_training_has_no_effect(mode):
-    """Zero in training, not in the test, where batch norm makes it huge: it must have no weight."""
+def test_a_channel_that_is_constant_in_training_has_no_effect(mode, constant):
+    """In half of the test images it differs, and batch norm makes the difference huge."""
     images = torch.zeros(40, 3, 8, 8, dtype=torch.uint8)
     images[20:, 0] = 200
+    images[:, 2] = constant  # the variance of 101 / 255 is not 0, but of rounding errors
     test = images[10:30].clone()
-    test[::2, 2] = 1
+    test[::2, 2] += 1
     labels = (torch.arange(40) >= 20).long()
     data = two_classes(images, labels, test, labels[10:30], 0.0, 1.0)
     network = pooled()
@@ -530,14 +533,6 @@ def test_images_that_are_held_out_depend_on_the_seed_alone(unsplit):
     assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
 
 
-def test_too_few_images_to_hold_some_out_end_in_one_line(run, folder, tmp_path, capsys):
-    """One image a class: there is none to train on, or none to test on."""
-    for name in ("dark", "light"):
-        (tmp_path / "two" / name).mkdir(parents=True)
-        shutil.copy(folder / "train" / name / "0.png", tmp_path / "two" / name)
-    refuses(capsys, [run(), "--data-dir", tmp_path / "two", "--out", tmp_path])
-
-
 @pytest.mark.parametrize("split", ["a test split", "images that are held out"])
 @pytest.mark.parametrize("flags", [
     [], ["--augment"], ["--mode", "distill"]])
@@ -741,8 +736,7 @@ def forms(plain):
         "SwAV": (under("module.", {**plain, **head, "prototypes.weight": norm}), "", 4),
         "robustness": ({"model": {
             **under("model.", plain), "normalizer.new_mean": norm}}, "", 3),
-        "lightly": (under("backbone.", numbered) | head, "", 3),
-        "some keys of ours": ({"backbone": plain, "model": 3, "args": {}}, "", 2)}
+        "lightly": (under("backbone.", numbered) | head, "", 3)}
 
 
 @pytest.mark.parametrize("form", forms({}))
@@ -844,7 +838,7 @@ def test_code_in_a_file_is_not_run(tmp_path, capsys):
         def __reduce__(self):
             return Path.touch, (tmp_path / "exploded",)
     torch.save({"state_dict": Bomb()}, tmp_path / "w.pth")
-    (tmp_path / "x.pth").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "x.pth").write_bytes(pickle.dumps(Bomb(), 2))
     for name in ("w.pth", "x.pth"):
         refuses(capsys, [tmp_path / name], "file of weights")
     assert not (tmp_path / "exploded").exists()
@@ -1025,17 +1019,6 @@ def test_a_result_of_other_arguments_or_another_checkpoint_is_never_replaced(tmp
     assert {path.stem for path in tmp_path.iterdir()} == {*calls}
 
 
-def test_results_of_two_runs_that_are_named_alike_from_their_folders_are_both_kept(
-        run, tmp_path, monkeypatch):
-    """In either folder the checkpoint is checkpoint.pt; the results go to a common folder."""
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        shutil.copy(run(), tmp_path / name)
-        monkeypatch.chdir(tmp_path / name)
-        judge("checkpoint.pt", "--out", tmp_path / "out", "--epochs", 1, "--knn")
-    assert len([*(tmp_path / "out").iterdir()]) == 2
-
-
 @pytest.mark.parametrize("flag", ["--export", "--map", "--neighbours"])
 def test_outputs_that_would_replace_something_are_refused_before_the_work(
         flag, run, tmp_path, capsys, monkeypatch):
@@ -1089,9 +1072,12 @@ def test_a_stop_is_quiet(run, tmp_path):
     """Ctrl-C in a program of its own, in the middle of training."""
     argv = [sys.executable, ROOT / "linear_eval.py", run(), "--mode", "finetune",
             "--epochs", str(10**6), "--out", tmp_path, "--device", "cpu"]
-    with subprocess.Popen(
-            argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+    started = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
         begun = any(line.startswith("finetune epoch=1 ") for line in started.stdout)
         started.send_signal(signal.SIGINT)
         assert begun and started.wait(60) == -signal.SIGINT and started.stderr.read() == ""
+    finally:
+        started.kill()
+        started.communicate()
     assert not [*tmp_path.iterdir()]
