@@ -43,13 +43,15 @@ def test_byols_loss_is_the_distance_of_unit_vectors_in_both_directions():
     expected = 0
     for p, k in ((p1, k2), (p2, k1)):
         for row, key in zip(p, k):
-            expected += (row / row.norm() - key / key.norm()).square().sum() / 5
+            distance = row / row.norm() - key / key.norm()
+            expected += distance.square().sum() / 5
     found = compositions.byol_loss(p1, p2, k1, k2)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_byols_target_gets_no_gradient_and_follows_its_equation():
-    model = compositions.BYOL(partial(common.resnet, "resnet18", 0.25), simsiam.parse_args([]))
+    backbone = partial(common.resnet, "resnet18", 0.25)
+    model = compositions.BYOL(backbone, simsiam.parse_args([]))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     target = model.f_k.conv1.weight.clone()
     images = torch.rand(2, 4, 3, 16, 16)
@@ -60,7 +62,8 @@ def test_byols_target_gets_no_gradient_and_follows_its_equation():
 
 
 def test_swavs_loss_is_the_swapped_prediction_of_codes():
-    z1, z2, prototypes = torch.randn(6, 4), torch.randn(6, 4), torch.randn(3, 4)
+    z1, z2 = torch.randn(2, 6, 4)
+    prototypes = torch.randn(3, 4)
     unit = [x / x.norm(dim=1, keepdim=True) for x in (z1, z2, prototypes)]
     scores = [unit[0] @ unit[2].T, unit[1] @ unit[2].T]
     codes = []
@@ -68,12 +71,14 @@ def test_swavs_loss_is_the_swapped_prediction_of_codes():
         code = (score / 0.05).exp()
         for _ in range(3):
             for column in range(3):
-                code[:, column] = code[:, column] / code[:, column].sum()
+                total = code[:, column].sum()
+                code[:, column] = code[:, column] / total
             for row in range(6):
                 code[row] = code[row] / code[row].sum()
         codes.append(code)
     expected = 0
-    for score, code in ((scores[0], codes[1]), (scores[1], codes[0])):
+    swapped = ((scores[0], codes[1]), (scores[1], codes[0]))
+    for score, code in swapped:
         logs = (score / 0.1).log_softmax(1)
         expected = expected - (code * logs).sum() / 6
     found = compositions.swav_loss(z1, z2, prototypes)
@@ -81,10 +86,13 @@ def test_swavs_loss_is_the_swapped_prediction_of_codes():
 
 
 def test_moco_logos_loss_is_logos_with_infonce_for_its_pairs():
-    q, k, l_ll = torch.randn(4, 5, 8), torch.randn(2, 5, 8), torch.randn(5)
+    q, k = torch.randn(4, 5, 8), torch.randn(2, 5, 8)
+    l_ll = torch.randn(5)
     queue = torch.nn.functional.normalize(torch.randn(7, 8), dim=1)
-    pairs = [moco.info_nce(q[i], k[j], queue, 0.1) for i in (2, 3) for j in (0, 1)]
-    both = moco.info_nce(q[0], k[1], queue, 0.1) + moco.info_nce(q[1], k[0], queue, 0.1)
+    pairs = [moco.info_nce(q[i], k[j], queue, 0.1)
+             for i in (2, 3) for j in (0, 1)]
+    both = moco.info_nce(q[0], k[1], queue, 0.1)
+    both = both + moco.info_nce(q[1], k[0], queue, 0.1)
     expected = both / 2 + sum(pairs) / 4 + 1e-4 * l_ll.mean()
     found = compositions.moco_logo_loss(q, k, l_ll, queue)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
