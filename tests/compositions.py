@@ -139,7 +139,8 @@ class MoCoLoGo(moco.Model):
     def forward(self, xg1, xg2, xl1, xl2):
         """Views to four q, two k (B, 128); logits (B,): L_ll's, Omega's pos and neg."""
         # Unit vectors: InfoNCE ignores their length, which L_ll could change without bound.
-        q = [F.normalize(self.g(self.f(x)), dim=1) for x in (xg1, xg2, xl1, xl2)]
+        outputs = [self.g(self.f(x)) for x in (xg1, xg2, xl1, xl2)]
+        q = [F.normalize(output, dim=1) for output in outputs]
         k = [self.key(xg1), self.key(xg2)]
         pair = torch.cat([q[2], q[3]], 1)  # (B, 256)
         other = torch.cat([q[2], q[3].roll(1, 0)], 1)  # a roll: no image meets itself
