@@ -132,9 +132,8 @@ def _load_cifar(name, data_dir, size):
             raw = kind(data_dir, train=train, download=True)
         except (OSError, RuntimeError) as problem:
             raise UserError(
-                f"cannot download {name} ({problem}): download {kind.url} yourself into "
-                f"{data_dir}; --dataset folder is for folders of images, and --dataset "
-                "shapes needs no files")
+                f"cannot download {name} ({problem}): download {kind.url} into {data_dir}; "
+                "--dataset folder is for folders of images, --dataset shapes needs no files")
         images = torch.empty(len(raw.data), 3, size, size, dtype=torch.uint8)
         pixels = torch.from_numpy(raw.data).permute(0, 3, 1, 2)
         for filled, some in zip(images.split(1000), pixels.split(1000)):
@@ -166,7 +165,7 @@ def _load_folder(root, size, cache_dir, skip_broken):
     if broken and not skip_broken:
         raise UserError(
             f"cannot read {len(broken)} of {len(files)} images: --skip-broken leaves them out, "
-            f"--max-pixels N allows large ones; {', '.join(broken)}")
+            f"--max-pixels N allows large ones, deleting decoded-* retries: {', '.join(broken)}")
     if broken:
         say(f"left out {len(broken)} images that cannot be read: {', '.join(broken)}")
     # Rows of readable files come first: train's, then test's. Empty rows follow.
@@ -311,8 +310,7 @@ def decode(files, size, path):
         temporary.unlink(missing_ok=True)
     others = [old.name for old in path.parent.glob("decoded-*") if old.stem != path.stem]
     if others:
-        say(f"wrote {path}; older or other decoded files are still there: "
-            f"{', '.join(others)}")
+        say(f"wrote {path}; other decoded files are still there: {', '.join(others)}")
 
 
 def write_rows(files, size, out):
@@ -542,7 +540,7 @@ def load_weights(path, prefix=""):
     # Prefixes of all first convolutions with three input channels; their names, conv1 or
     # 0, stand at the beginning or after a dot.
     found = [name[:first.start()]
-             for name, x in tensors.items() if x.shape[1:2] == (3,)
+             for name, x in tensors.items() if x.dim() == 4 and x.shape[1] == 3
              for first in re.finditer(r"(?<![^.])(conv1|0)\.weight$", name)]
     if prefix not in found:
         fitting = [name for name in found if f".{name}".endswith(f".{prefix}")]
@@ -572,5 +570,5 @@ def fill_backbone(f, weights):
     try:
         f.load_state_dict(weights)
     except RuntimeError as problem:
-        raise UserError("the weights do not fit this network (compare --arch, --width, "
-                        f"--stem): {problem}")
+        raise UserError(
+            f"the weights do not fit this network, see --arch, --width, --stem: {problem}")

@@ -72,14 +72,14 @@ FLAGS = [  # name, type or choices, default, meaning
     # How to judge
     ("--mode", ("linear", "finetune", "scratch", "distill"), "linear", "what to train"),
     ("--epochs", COUNT, None, "None: 100; finetune and teacher 30; L-BFGS 1000"),
-    ("--lr", RATE, None, "for batch size 256, scaled with the batch size; None: 0.1, "
-     "finetune 0.05, distill 0.06"),
+    ("--lr", RATE, None,
+     "for batch size 256, scaled with the batch size; None: 0.1, finetune 0.05, distill 0.06"),
     ("--weight-decay", FRACTION, None, "None: 0; scratch and distill 5e-4"),
     ("--batch-size", within(int, 2, 10**6), None, "None: 256, or less for few images"),
     ("--augment", bool, False, "linear mode by SGD on random crops"),
     ("--label-fraction", within(float, 1e-6, 1), 1.0, "share of each class that has labels"),
-    ("--head-layers", within(int, 0, 10), 0, "first layers of the projector to keep; "
-     "1 in SimCLR v2 [Sec. 2]"),
+    ("--head-layers", within(int, 0, 10), 0,
+     "first layers of the projector to keep; 1 in SimCLR v2 [Sec. 2]"),
     ("--distill-tau", RATE, 0.1, "of the teacher's predictions [SimCLR v2 Sec. 3]"),
     ("--knn-tau", RATE, 0.1, "temperature of a neighbour's vote [MoCo CIFAR demo]"),
     # Data, where they differ from the checkpoint's
@@ -93,8 +93,8 @@ FLAGS = [  # name, type or choices, default, meaning
     ("--arch", tuple(ARCHS), None, "backbone; None: the checkpoint's, or resnet18"),
     ("--prefix", str, "", "text before the backbone's names, if a file holds several "
      "networks: f_k. for MoCo's slow copy, module.encoder_q."),
-    ("--stem", ("cifar", "imagenet"), None, "max-pool of foreign weights: cifar: none, "
-     "imagenet has one; None: by the size of the first kernel"),
+    ("--stem", ("cifar", "imagenet"), None,
+     "max-pool of foreign weights: cifar has none; None: by the first kernel's size"),
     # Run and output
     ("--seed", within(int, 0, 10**9), 0, "of labels, order and crops"),
     ("--device", ("auto", "cuda", "cpu", "mps"), "auto", "auto: a GPU if there is one"),
@@ -231,6 +231,8 @@ def load_images(args, about, trained, device):
         labels = data.train_labels
         held_out = few_labels(used, labels.cpu(), 0.2, args.seed)
         used = used[~torch.isin(used, held_out)]
+        if len(used) == 0:
+            raise UserError("no test split, and no class has two images to hold one out")
         data = data._replace(
             test_images=data.train_images[held_out], test_labels=labels[held_out])
         about["held_out"] = len(held_out)
@@ -506,12 +508,10 @@ def judge(args, network, data, used, bank, queries, autocast):
 
 
 def write_results(args, path, out, record):
-    """Write a JSON file; never replace one with other arguments or another checkpoint."""
+    """Write a JSON file; never replace one: the next names end in _2, _3 and so on."""
     name = "_".join(["eval", path.stem, args.mode, record["data"]])
     result, number = out / f"{name}.json", 1
     while result.exists():
-        if json.loads(result.read_text())["args"] == vars(args):
-            break
         number += 1
         result = out / f"{name}_{number}.json"
     result.write_text(json.dumps(record) + "\n")
@@ -546,9 +546,7 @@ def judge_all(args, path, out):
     out.mkdir(parents=True, exist_ok=True)
     check_outputs(args, path, out)
     data, used = load_images(args, about, trained, device)
-    bf16 = args.precision == "bf16"
-    if args.precision == "auto":
-        bf16 = device.type == "cuda"
+    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, bf16)
     bank = features(network, data.train_images, data, 256, autocast)
     results, recipe, queries = {}, {}, None
@@ -585,7 +583,7 @@ def main(argv=None):
         path = path / "checkpoint.pt"
     try:
         return judge_all(args, path, Path(args.out or path.parent))
-    except (OSError, UserError) as problem:
+    except (MemoryError, OSError, UserError, torch.OutOfMemoryError) as problem:
         fail(problem)
 
 

@@ -77,22 +77,21 @@ METHOD = "moco"
 def add_recipe(parser):
     """Add the flags that define the experiment, each with its source."""
     add_flags(parser, [
-        ("--lr", RATE, 0.03, "learning rate at batch size 256, linear in the batch size "
-         "[MoCo CIFAR demo]"),
-        ("--weight-decay", FRACTION, 5e-4, "of all parameters "
-         "[MoCo CIFAR demo]"),
+        ("--lr", RATE, 0.03,
+         "learning rate for batch size 256, scaled with the batch size [MoCo CIFAR demo]"),
+        ("--weight-decay", FRACTION, 5e-4, "of all parameters [MoCo CIFAR demo]"),
         ("--sgd-momentum", FRACTION, 0.9, "[MoCo CIFAR demo]"),
-        ("--warmup", SHARE, 0.0, "share of all steps in which the learning rate rises "
-         "linearly [MoCo CIFAR demo]"),
+        ("--warmup", SHARE, 0.0,
+         "share of all steps in which the learning rate rises linearly [MoCo CIFAR demo]"),
         ("--tau", RATE, 0.1, "temperature [MoCo CIFAR demo]"),
         ("--m", FRACTION, 0.99, "of Eq. 2 [MoCo CIFAR demo]"),
         ("--queue", COUNT, 4096, "keys K [MoCo CIFAR demo]"),
-        ("--proj-layers", COUNT, 2, "layers of the head: v1 has 1, v2 has 2 "
-         "[MoCo v2 Sec. 3]"),
-        ("--symmetric", bool, True, "use each view as query once: twice the cost of a step, "
-         "better [MoCo CIFAR demo]"),
-        ("--bn-splits", COUNT, 8, "parts of a batch with batch statistics of their own "
-         "[MoCo CIFAR demo]"),
+        ("--proj-layers", COUNT, 2,
+         "layers of the head: v1 has 1, v2 has 2 [MoCo v2 Sec. 3]"),
+        ("--symmetric", bool, True,
+         "use each view as query once: better, at twice the cost of a step [MoCo CIFAR demo]"),
+        ("--bn-splits", COUNT, 8,
+         "parts of a batch with batch statistics of their own [MoCo CIFAR demo]"),
     ])
 
 
@@ -442,8 +441,8 @@ def feature_std(z):
 def unit_range(x):
     """uint8 (N, 3, H, W) to float32 in [0, 1]; ValueError for any other images."""
     if x.dtype != torch.uint8 or x.shape[1:-2] != (3,):
-        raise ValueError("the augmentation needs uint8 images (N, 3, H, W), "
-                         f"not {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"augment needs uint8 images (N, 3, H, W), not {x.dtype} {tuple(x.shape)}")
     return x.float() / 255
 
 
@@ -830,17 +829,19 @@ def begin_with(model, path):
 
 
 def kept_lines(path, record):
-    """The lines of a log up to the saved epoch; UserError without a checkpoint."""
-    lines, last = [], 0
+    """The lines of a log up to the saved epoch; UserError if log or checkpoint is lost."""
+    lines, last, saved = [], 0, record.get("epoch", -1)
     path.touch()
     for line in path.read_text().splitlines():
         with suppress(Exception):  # a line that a kill has cut, or that is no record
             epoch = json.loads(line).get("epoch", 0)
             last = max(last, epoch)
-            if epoch <= record.get("epoch", -1):
+            if epoch <= saved:
                 lines.append(line)
-    if last > 1 and not record:  # a kill during the first save leaves epoch 1 alone
-        raise UserError(f"the checkpoint.pt beside {path} is missing: use --overwrite")
+    # A kill during the first save leaves epoch 1 in the log and no checkpoint.
+    if last > 1 and not record or last < saved:
+        raise UserError(
+            f"{path} and its checkpoint.pt do not match: restore one, or --overwrite both")
     return lines
 
 

@@ -13,8 +13,9 @@ The two views of an image must find each other among all views of the batch. The
 softmax over the 2B - 1 other views, in which the image's other view is the right class.
 
     x1, x2   (B, 3, H, W)  two random views of a batch of B images
-    f        backbone      f(x) is kept after training, (B, 512) for ResNet-18; the
-    paper's h g        projector     z = g(f(x)), (B, 128)
+    f        backbone      f(x) is kept after training, (B, 512) for ResNet-18;
+                           the paper calls it h
+    g        projector     z = g(f(x)), (B, 128)
     tau      temperature   of the softmax
     l(i, j)  = -log( exp(z_i . z_j / tau) / sum_{k != i} exp(z_i . z_k / tau) )        (1)
     L        = mean of l(i, j) over all 2B views i, j the other view of i's image; |z| = 1
@@ -28,8 +29,9 @@ Differences from the paper:
   GitHub: SGD without warmup that decays all parameters, instead of LARS; each view passes
   through the network alone and has its own batch statistics; crops of at least 0.2 of the
   area; grey in 0.1 of the views (0.2 in the paper costs accuracy); a projector
-  512-1024-128 without batch norm. Its learning rate at batch size 256 is 0.06 for 100
-  epochs and 0.03 for 1000. It does not standardise the views.
+  512-1024-128 without batch norm, which the authors' CIFAR-10 head has. Its learning rate
+  at batch size 256 is 0.06 for 100 epochs and 0.03 for 1000. It does not standardise the
+  views.
 - The defaults are for CIFAR, at any image size. For ImageNet the paper has LARS with lr
   0.3 and weight decay 1e-6, tau 0.1, colour strength 1, grey 0.2 and crops from 0.08.
 """
@@ -77,27 +79,25 @@ METHOD = "simclr"
 def add_recipe(parser):
     """Add the flags that define the experiment, each with its source."""
     add_flags(parser, [
-        ("--lr", RATE, 0.06, "learning rate at batch size 256, linear in the batch size "
-         "[dkobak, for 100 epochs]"),
-        ("--weight-decay", FRACTION, 5e-4, "sgd: of all parameters; lars: of "
-         "those with two or more axes [dkobak]"),
+        ("--lr", RATE, 0.06,
+         "learning rate for batch size 256, scaled with the batch size [dkobak, 100 epochs]"),
+        ("--weight-decay", FRACTION, 5e-4,
+         "sgd: of all parameters; lars: of those with two or more axes [dkobak]"),
         ("--sgd-momentum", FRACTION, 0.9, "[dkobak]"),
-        ("--warmup", SHARE, 0.0, "share of all steps in which the learning rate rises "
-         "linearly [dkobak]"),
+        ("--warmup", SHARE, 0.0,
+         "share of all steps in which the learning rate rises linearly [dkobak]"),
         ("--tau", RATE, 0.5, "temperature [SimCLR App. B.9, dkobak]"),
-        ("--proj-layers", COUNT, 2, "layers of the projector; 3 in SimCLR v2 "
-         "[SimCLR Sec. 4.2, v2 Sec. 2]"),
-        ("--optimizer", ("sgd", "lars"), "sgd", "with lars: --lr 1 --weight-decay 1e-4 "
-         "--warmup 0.01 --proj-layers 3, and batch norm in the head, which is not here "
-         "[official README, CIFAR-10, 1000 epochs]"),
+        ("--proj-layers", COUNT, 2,
+         "layers of the projector; 3 in SimCLR v2 [SimCLR Sec. 4.2, v2 Sec. 2]"),
+        ("--optimizer", ("sgd", "lars"), "sgd",
+         "with lars: --lr 1 --weight-decay 1e-4 --warmup 0.01 --proj-layers 3 [official README]"),
     ])
 
 
 def check_recipe(args, count=None):
     """Exit with a one-line error if there are fewer images, count, than a batch has."""
     if count is not None and count < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is larger than the {count} images: try "
-             f"--batch-size {max(2, count // 2)}")
+        fail(f"--batch-size above the {count} images: try --batch-size {max(2, count // 2)}")
 
 
 # =================== 2. Views (method) ===================
@@ -389,8 +389,8 @@ def feature_std(z):
 def unit_range(x):
     """uint8 (N, 3, H, W) to float32 in [0, 1]; ValueError for any other images."""
     if x.dtype != torch.uint8 or x.shape[1:-2] != (3,):
-        raise ValueError("the augmentation needs uint8 images (N, 3, H, W), "
-                         f"not {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"augment needs uint8 images (N, 3, H, W), not {x.dtype} {tuple(x.shape)}")
     return x.float() / 255
 
 
@@ -777,17 +777,19 @@ def begin_with(model, path):
 
 
 def kept_lines(path, record):
-    """The lines of a log up to the saved epoch; UserError without a checkpoint."""
-    lines, last = [], 0
+    """The lines of a log up to the saved epoch; UserError if log or checkpoint is lost."""
+    lines, last, saved = [], 0, record.get("epoch", -1)
     path.touch()
     for line in path.read_text().splitlines():
         with suppress(Exception):  # a line that a kill has cut, or that is no record
             epoch = json.loads(line).get("epoch", 0)
             last = max(last, epoch)
-            if epoch <= record.get("epoch", -1):
+            if epoch <= saved:
                 lines.append(line)
-    if last > 1 and not record:  # a kill during the first save leaves epoch 1 alone
-        raise UserError(f"the checkpoint.pt beside {path} is missing: use --overwrite")
+    # A kill during the first save leaves epoch 1 in the log and no checkpoint.
+    if last > 1 and not record or last < saved:
+        raise UserError(
+            f"{path} and its checkpoint.pt do not match: restore one, or --overwrite both")
     return lines
 
 

@@ -79,15 +79,14 @@ def add_recipe(parser):
     add_flags(parser, [
         ("--lr", RATE, 0.06, "learning rate for batch size 256, scaled with the batch size "
          "[ours; SimSiam App. D: 0.03]"),
-        ("--weight-decay", FRACTION, 5e-4, "weight decay of all parameters "
-         "[SimSiam App. D, MoCo CIFAR demo]"),
+        ("--weight-decay", FRACTION, 5e-4, "of all parameters [SimSiam App. D, MoCo CIFAR demo]"),
         ("--sgd-momentum", FRACTION, 0.9, "of SGD [SimSiam App. D, MoCo CIFAR demo]"),
         ("--warmup", SHARE, 0.05, "share of all steps in which the learning rate rises "
          "linearly; 0.05 is 10 of 200 epochs [PatrickHua/SimSiam; SimSiam App. D has none]"),
-        ("--pred-dim", COUNT, 512, "hidden units of the predictor; 512 is a quarter of z's 2048 "
-         "[SimSiam Sec. 3]"),
-        ("--fix-pred-lr", bool, True, "keep the predictor's learning rate constant "
-         "[SimSiam Sec. 4.2, main_simsiam.py]"),
+        ("--pred-dim", COUNT, 512,
+         "hidden units of the predictor; 512 is a quarter of z's 2048 [SimSiam Sec. 3]"),
+        ("--fix-pred-lr", bool, True,
+         "keep the predictor's rate constant [SimSiam Sec. 4.2, main_simsiam.py]"),
         ("--stop-gradient", bool, True, "else the outputs collapse [SimSiam Fig. 2]"),
     ])
 
@@ -95,8 +94,7 @@ def add_recipe(parser):
 def check_recipe(args, count=None):
     """Exit with a one-line error if there are fewer images, count, than a batch has."""
     if count is not None and count < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is larger than the {count} images: try "
-             f"--batch-size {max(2, count // 2)}")
+        fail(f"--batch-size above the {count} images: try --batch-size {max(2, count // 2)}")
 
 
 # =================== 2. Views (method) ===================
@@ -359,8 +357,8 @@ def feature_std(z):
 def unit_range(x):
     """uint8 (N, 3, H, W) to float32 in [0, 1]; ValueError for any other images."""
     if x.dtype != torch.uint8 or x.shape[1:-2] != (3,):
-        raise ValueError("the augmentation needs uint8 images (N, 3, H, W), "
-                         f"not {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"augment needs uint8 images (N, 3, H, W), not {x.dtype} {tuple(x.shape)}")
     return x.float() / 255
 
 
@@ -747,17 +745,19 @@ def begin_with(model, path):
 
 
 def kept_lines(path, record):
-    """The lines of a log up to the saved epoch; UserError without a checkpoint."""
-    lines, last = [], 0
+    """The lines of a log up to the saved epoch; UserError if log or checkpoint is lost."""
+    lines, last, saved = [], 0, record.get("epoch", -1)
     path.touch()
     for line in path.read_text().splitlines():
         with suppress(Exception):  # a line that a kill has cut, or that is no record
             epoch = json.loads(line).get("epoch", 0)
             last = max(last, epoch)
-            if epoch <= record.get("epoch", -1):
+            if epoch <= saved:
                 lines.append(line)
-    if last > 1 and not record:  # a kill during the first save leaves epoch 1 alone
-        raise UserError(f"the checkpoint.pt beside {path} is missing: use --overwrite")
+    # A kill during the first save leaves epoch 1 in the log and no checkpoint.
+    if last > 1 and not record or last < saved:
+        raise UserError(
+            f"{path} and its checkpoint.pt do not match: restore one, or --overwrite both")
     return lines
 
 

@@ -1,7 +1,7 @@
 """SimSiam-LoGo: SimSiam with two local crops more, which predict the global ones.
 
-These defaults (CIFAR-10, ResNet-18, 200 epochs, one GPU) are not measured yet. Earlier ones
-(--lr 0.03 --warmup 0 --no-fix-pred-lr) reached 80.5 % kNN accuracy on a JPEG copy of
+These defaults (CIFAR-10, ResNet-18, 200 epochs, one GPU) are not measured yet. Earlier
+ones (--lr 0.03 --warmup 0 --no-fix-pred-lr) reached 80.5 % kNN accuracy on a JPEG copy of
 CIFAR-10 in 11 minutes of training on an H200. The paper's 87.7 % is quoted second-hand.
 
 Reference implementation, to be read, diffed and copied (with common.py), of "Leverage
@@ -11,9 +11,9 @@ al., CVPR 2022, arXiv 2203.17205, in its SimSiam form (arXiv 2011.10566).
     python simsiam_logo.py --epochs 200 --batch-size 512
 
 Two global and two local crops of an image predict the outputs of the global ones, as in
-SimSiam. The outputs of its local crops, which may show different things, are pushed apart:
-a small network, the affinity, learns to tell such a pair from local crops of two images,
-and the encoder lowers the affinity of the pair.
+SimSiam. The outputs of its local crops, which may show different things, are pushed
+apart: a small network, the affinity, learns to tell such a pair from local crops of two
+images, and the encoder lowers the affinity of the pair.
 
     xg1, xg2 (B, 3, H, W)  two global views of a batch of B images
     xl1, xl2 (B, 3, ., .)  two local views of them, smaller for images above 64 pixels
@@ -89,21 +89,20 @@ def add_recipe(parser):
     add_flags(parser, [
         ("--lr", RATE, 0.06, "learning rate for batch size 256, scaled with the batch size "
          "[ours; SimSiam App. D: 0.03]"),
-        ("--weight-decay", FRACTION, 5e-4, "weight decay of all parameters "
-         "[SimSiam App. D, MoCo CIFAR demo]"),
+        ("--weight-decay", FRACTION, 5e-4, "of all parameters [SimSiam App. D, MoCo CIFAR demo]"),
         ("--sgd-momentum", FRACTION, 0.9, "of SGD [SimSiam App. D, MoCo CIFAR demo]"),
         ("--warmup", SHARE, 0.05, "share of all steps in which the learning rate rises "
          "linearly; 0.05 is 10 of 200 epochs [PatrickHua/SimSiam; SimSiam App. D has none]"),
-        ("--pred-dim", COUNT, 512, "hidden units of the predictor; 512 is a quarter of z's 2048 "
-         "[SimSiam Sec. 3]"),
-        ("--fix-pred-lr", bool, True, "keep the predictor's learning rate constant "
-         "[SimSiam Sec. 4.2, main_simsiam.py]"),
+        ("--pred-dim", COUNT, 512,
+         "hidden units of the predictor; 512 is a quarter of z's 2048 [SimSiam Sec. 3]"),
+        ("--fix-pred-lr", bool, True,
+         "keep the predictor's rate constant [SimSiam Sec. 4.2, main_simsiam.py]"),
         ("--stop-gradient", bool, True, "else the outputs collapse [SimSiam Fig. 2]"),
         ("--local-size", within(int, 8, 4096), None, "side of local views; None: 3/7 of "
          "the side of images above 64 pixels, else all of it [official loader.py]"),
         ("--lam", within(float, 0, 1e3), 1e-4, "weight of L_ll [LoGo, second-hand]"),
-        ("--affinity-lr", RATE, 0.03, "constant rate of the affinity at batch size 256 "
-         "[official main_logo.py]"),
+        ("--affinity-lr", RATE, 0.03,
+         "constant rate of the affinity for batch size 256 [official main_logo.py]"),
     ])
     add, area = parser.add_argument, within(float, 1e-3, 1)
     add("--global-scale", type=area, nargs=2, default=[0.4, 1.0],
@@ -115,8 +114,7 @@ def add_recipe(parser):
 def check_recipe(args, count=None):
     """Exit with a one-line error if there are fewer images, count, than a batch has."""
     if count is not None and count < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is larger than the {count} images: try "
-             f"--batch-size {max(2, count // 2)}")
+        fail(f"--batch-size above the {count} images: try --batch-size {max(2, count // 2)}")
     for low, high in (args.global_scale, args.local_scale):
         if low > high:
             fail(f"--global-scale, --local-scale: {low} is above {high}, name it last")
@@ -424,8 +422,8 @@ def feature_std(z):
 def unit_range(x):
     """uint8 (N, 3, H, W) to float32 in [0, 1]; ValueError for any other images."""
     if x.dtype != torch.uint8 or x.shape[1:-2] != (3,):
-        raise ValueError("the augmentation needs uint8 images (N, 3, H, W), "
-                         f"not {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"augment needs uint8 images (N, 3, H, W), not {x.dtype} {tuple(x.shape)}")
     return x.float() / 255
 
 
@@ -812,17 +810,19 @@ def begin_with(model, path):
 
 
 def kept_lines(path, record):
-    """The lines of a log up to the saved epoch; UserError without a checkpoint."""
-    lines, last = [], 0
+    """The lines of a log up to the saved epoch; UserError if log or checkpoint is lost."""
+    lines, last, saved = [], 0, record.get("epoch", -1)
     path.touch()
     for line in path.read_text().splitlines():
         with suppress(Exception):  # a line that a kill has cut, or that is no record
             epoch = json.loads(line).get("epoch", 0)
             last = max(last, epoch)
-            if epoch <= record.get("epoch", -1):
+            if epoch <= saved:
                 lines.append(line)
-    if last > 1 and not record:  # a kill during the first save leaves epoch 1 alone
-        raise UserError(f"the checkpoint.pt beside {path} is missing: use --overwrite")
+    # A kill during the first save leaves epoch 1 in the log and no checkpoint.
+    if last > 1 and not record or last < saved:
+        raise UserError(
+            f"{path} and its checkpoint.pt do not match: restore one, or --overwrite both")
     return lines
 
 

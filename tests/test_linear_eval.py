@@ -736,7 +736,11 @@ def forms(plain):
         "SwAV": (under("module.", {**plain, **head, "prototypes.weight": norm}), "", 4),
         "robustness": ({"model": {
             **under("model.", plain), "normalizer.new_mean": norm}}, "", 3),
-        "lightly": (under("backbone.", numbered) | head, "", 3)}
+        "lightly": (under("backbone.", numbered) | head, "", 3),
+        # A layer with three inputs is no first convolution of a network for RGB images.
+        "linear layer of three inputs": (
+            {**plain, "rotation.0.weight": torch.zeros(2, 3)}, "", 3),
+        "some keys of ours": ({"backbone": plain, "model": 3, "args": {}}, "", 2)}
 
 
 @pytest.mark.parametrize("form", forms({}))
@@ -995,8 +999,10 @@ def test_pictures_of_a_run_and_of_unlabelled_images(run, folder, tmp_path, capsy
 
 
 # ------------------------------------------------------------------------------ results
-def test_a_result_of_other_arguments_or_another_checkpoint_is_never_replaced(tmp_path, capsys):
-    """The same command again replaces its own result."""
+def test_no_result_is_ever_replaced(tmp_path, capsys):
+    """Neither one of other arguments, nor of another checkpoint of the name, nor a broken file."""
+    (tmp_path / "eval_c_linear_birds.json").write_text("{")
+
     def write(number, checkpoint, data, *flags):
         args = linear_eval.parse_args([checkpoint, *flags])
         record = {"data": data, "args": vars(args), "top1": number}
@@ -1012,11 +1018,31 @@ def test_a_result_of_other_arguments_or_another_checkpoint_is_never_replaced(tmp
         "eval_a_linear_birds_4": ("other/a.pt", "birds"),
         "eval_a_finetune_birds": ("a.pt", "birds", "--mode", "finetune"),
         "eval_a_linear_flowers": ("a.pt", "flowers"),
-        "eval_b_linear_birds": ("b.pt", "birds")}
-    for _ in range(2):
-        for number, (name, call) in enumerate(calls.items()):
-            assert write(number, *call) == name
-    assert {path.stem for path in tmp_path.iterdir()} == {*calls}
+        "eval_b_linear_birds": ("b.pt", "birds"),
+        "eval_b_linear_birds_2": ("b.pt", "birds"),
+        "eval_c_linear_birds_2": ("c.pt", "birds")}
+    for number, (name, call) in enumerate(calls.items()):
+        assert write(number, *call) == name
+    assert {path.stem for path in tmp_path.iterdir()} == {*calls, "eval_c_linear_birds"}
+
+
+def test_results_of_two_runs_that_are_named_alike_from_their_folders_are_both_kept(
+        run, tmp_path, monkeypatch):
+    """In either folder the checkpoint is checkpoint.pt; the results go to a common folder."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(run(), tmp_path / name)
+        monkeypatch.chdir(tmp_path / name)
+        judge("checkpoint.pt", "--out", tmp_path / "out", "--epochs", 1, "--knn")
+    assert len([*(tmp_path / "out").iterdir()]) == 2
+
+
+def test_too_few_images_to_hold_some_out_end_in_one_line(run, folder, tmp_path, capsys):
+    """One image a class: there is none to train on, or none to test on."""
+    for name in ("dark", "light"):
+        (tmp_path / "two" / name).mkdir(parents=True)
+        shutil.copy(folder / "train" / name / "0.png", tmp_path / "two" / name)
+    refuses(capsys, [run(), "--data-dir", tmp_path / "two", "--out", tmp_path])
 
 
 @pytest.mark.parametrize("flag", ["--export", "--map", "--neighbours"])

@@ -249,6 +249,18 @@ def test_resume_keeps_the_saved_epochs_of_a_log_that_was_changed(
     assert len(read_log(tmp_path / "run")[0]) == 2
 
 
+def test_resume_refuses_a_log_that_lost_the_records_of_saved_epochs(
+        flags, finished, tmp_path, capsys):
+    """Such as a deleted or pretty-printed log, which is left as it is."""
+    finished(moco)
+    log = tmp_path / "run/log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for text in ("\n".join(json.dumps(line, indent=1) for line in lines), ""):
+        log.write_text(text)
+        refused(capsys, moco, flags(moco, "--resume"), "do not match: restore one, or --overwrite")
+        assert log.read_text() == text
+
+
 # ------------------------------------------------------------------------------ refused
 def test_resume_refuses_other_settings(flags, finished, capsys, tmp_path):
     """All that differ are named, and how to begin a new run with these weights."""
