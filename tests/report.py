@@ -14,6 +14,7 @@ import math
 import re
 import statistics
 import sys
+import textwrap
 from html import escape
 from pathlib import Path
 
@@ -106,7 +107,10 @@ def runs(folder):
             continue
         header, epochs = read(path)
         name = method(path, header)
-        key = (name, path.stem.split("_seed")[0], command(name, header["args"]))
+        typed = command(name, header["args"])
+        if "lightly" in header:  # a run of the same method with that library
+            typed = f"python lightly_baseline.py {header['args']['method']}"
+        key = (name, path.stem.split("_seed")[0], typed)
         groups.setdefault(key, []).append((path, header, epochs))
     return groups
 
@@ -203,23 +207,43 @@ def cpu_cell(arm):
             ends.append(last(epochs))
             seeds.append(path.stem.split("_seed")[1])
     if not ends:
-        return "unfinished" if paths else "not run yet"
+        return "unfinished" if paths else "not run"
     return f"{spread(ends)}, seed {' '.join(seeds)}"
+
+
+def speed(name):
+    """Views a second of a method here and with lightly, from the pairs that were measured."""
+    path = REFERENCE / "benchmarks" / "lightly_pairs.jsonl"
+    if not path.exists():
+        return "not run"
+    found = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        if record.get("method") == name and "views_s" in record:
+            who = (record["who"], record["workers"])
+            found.setdefault(who, []).append(record["views_s"])
+    medians = {who: statistics.median(values) for who, values in found.items()}
+    theirs = [value for (who, _), value in medians.items() if who == "lightly"]
+    ours = [value for (who, _), value in medians.items() if who == "ours"]
+    if not (ours and theirs):
+        return "not run"
+    return f"{ours[0]:.0f}, {max(theirs):.0f}"
 
 
 def tables():
     """README's two tables of the methods: one CPU core, and one GPU."""
-    out = ["One CPU core, 1.2 million views (12 epochs of two views, 6 of LoGo's four), a quarter "
-           "of the width:", "",
-           "| method | idea | kNN here | kNN lightly |", "|---|---|---|---|"]
+    out = ["One CPU core, 1.2 million views (12 epochs; 6 of LoGo, which takes four views of an\n"
+           "image), a quarter of the channels, batch size 512, fp32:", "",
+           "| method | kNN | kNN, lightly | views/s, lightly |",
+           "|---|---|---|---|"]
     for name, facts in PUBLISHED.items():
         peer = cpu_cell(f"lightly_{'fastsiam' if name == 'simsiam_logo' else name}")
-        if name == "simsiam_logo" and peer[0] != "n":
+        if name == "simsiam_logo":
             peer += " (FastSiam)"
-        out.append(f"| `{name}.py` | {facts['idea']} | {cpu_cell(name)} | {peer} |")
-    out += ["", "One GPU, 200 epochs, full width, batch size 512:", "",
-            "| method | kNN here | linear here | minutes | published kNN |",
-            "|---|---|---|---|---|"]
+        out.append(f"| `{name}.py`: {facts['idea']} | {cpu_cell(name)} | {peer} | "
+                   f"{speed(name)} |")
+    out += ["", "One GPU, 200 epochs, all channels, batch size 512:", "",
+            "| method | kNN | linear | minutes |", "|---|---|---|---|"]
     for name, group in headline().items():
         path, header, _ = group[0]
         ends = [last(epochs) for _, _, epochs in group]
@@ -229,50 +253,49 @@ def tables():
         linear = "-"
         if judge.exists():
             linear = f"{json.loads(judge.read_text().splitlines()[0])['top1']:.1f}"
-        out.append(f"| `{name}.py`{mark(path)} | {spread(ends)} | {linear} | {took} ({device}) | "
-                   f"{PUBLISHED[name]['published']} |")
+        out.append(f"| `{name}.py`{mark(path)} | {spread(ends)} | {linear} | {took} ({device}) |")
+    published = [f"`{name}.py` {facts['published']}" for name, facts in PUBLISHED.items()]
+    text = f"Published kNN accuracies after 200 epochs with ResNet-18: {'; '.join(published)}."
+    out += ["", textwrap.fill(text, 100, break_on_hyphens=False)]
     return "\n".join(out)
 
 
-def svg(curves, unit="epoch"):
-    """Curves (label, color, [(x, kNN)], dashed) as plain SVG."""
-    names = [f"{label} {points[-1][1]:.1f}" for label, _, points, _ in curves]
-    left, bottom, right = 46, 40, 32 + 7 * max(map(len, names))
-    width, height = 550 + right, 400
+def svg(curves, title):
+    """Curves (label, color, [(x, kNN)], dashed) as plain SVG, which a phone can show, too."""
+    left, right, top, bottom, width = 34, 420, 34, 270, 440
+    height = bottom + 30 + 20 * math.ceil(len(curves) / 2)
     most = max(x for _, _, points, _ in curves for x, _ in points)
     values = [knn for _, _, points, _ in curves for _, knn in points]
     low = 10 * math.floor(min(values) / 10)
     high = 10 * math.ceil(max(values) / 10)
 
     def at(x, knn):
-        across = left + (width - left - right) * x / max(most, 1e-9)
-        return across, height - bottom - (height - bottom - 16) * (knn - low) / max(high - low, 1)
+        across = left + (right - left) * x / max(most, 1e-9)
+        return across, bottom - (bottom - top) * (knn - low) / max(high - low, 1)
 
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-           'font-family="sans-serif" font-size="15">',
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
+           f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
            "<style>text{fill:#24292f}.axis{stroke:#8c959f}"
-           "@media(prefers-color-scheme:dark){text{fill:#d0d7de}}</style>"]
+           "@media(prefers-color-scheme:dark){text{fill:#d0d7de}}</style>",
+           f'<text x="4" y="16">{title}</text>']
     for knn in range(low, high + 1, 10):
         x, y = at(0, knn)
-        out += [f'<line class="axis" x1="{x}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" '
+        out += [f'<line class="axis" x1="{x}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" '
                 'stroke-opacity=".3"/>', f'<text x="{x - 26}" y="{y + 4:.1f}">{knn}</text>']
     for tick in ticks(most):
         x, y = at(tick, low)
         out.append(f'<text x="{x - 8:.1f}" y="{y + 18:.1f}">{tick:g}</text>')
-    out.append(f'<text x="{left}" y="{height - 4}">{unit}; kNN accuracy in percent</text>')
-    labels = []
-    for label, color, points, dashed in curves:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
+    for number, (label, color, points, dashed) in enumerate(curves):
+        places = [at(*point) for point in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         dash = ' stroke-dasharray="6 4"' if dashed else ""
-        out.append(f'<polyline points="{path}" fill="none" stroke="{color}" '
-                   f'stroke-width="2"{dash}/>')
-        labels.append((at(*points[-1])[1], f"{label} {points[-1][1]:.1f}", color))
-    free = 0.0
-    for y, text, color in sorted(labels):
-        free = max(free + 17, y)  # no label over another
-        out += [f'<rect x="{width - right + 8}" y="{free - 4:.1f}" width="8" height="8" '
-                f'fill="{color}"/>', f'<text x="{width - right + 20}" y="{free + 4:.1f}">'
-                f"{escape(text)}</text>"]
+        look = f'stroke="{color}" stroke-width="2"{dash}'
+        out.append(f'<polyline points="{path}" fill="none" {look}/>')
+        out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
+        # The legend is below: two columns, a short line and a name each.
+        x, y = 4 + 218 * (number % 2), bottom + 40 + 20 * (number // 2)
+        out += [f'<line x1="{x}" y1="{y - 4}" x2="{x + 22}" y2="{y - 4}" {look}/>',
+                f'<text x="{x + 28}" y="{y}">{escape(label)} {points[-1][1]:.1f}</text>']
     return "\n".join([*out, "</svg>", ""])
 
 
@@ -301,31 +324,39 @@ def figure():
         images = header.get("images") or header["data"]["images"]
         millions = images * facts["views"] / 1e6
         points = [(epoch * millions, knn) for epoch, knn in curve(epochs)]
-        curves.append((arm.replace("_", " "), facts["color"], points, "lightly" in arm))
-    return svg(curves, "million views trained") if curves else ""
+        label = arm.replace("_", " ")
+        if epochs[-1]["epoch"] < header["args"]["epochs"]:
+            label += ", unfinished:"
+        curves.append((label, facts["color"], points, "lightly" in arm))
+    return svg(curves, "kNN accuracy in percent, by million views trained") if curves else ""
 
 
 def healthy():
-    """Loss, std and kNN of the first kept run of SimSiam's schedule, as three small panels."""
+    """Loss, std and kNN of the first kept run of SimSiam's schedule, as three panels."""
     path = REFERENCE / "ablations" / "simsiam_schedule" / "simsiam_c_seed0.jsonl"
     _, epochs = read(path)
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 190" '
-           'font-family="sans-serif" font-size="15">',
-           "<style>text{fill:#24292f}@media(prefers-color-scheme:dark){text{fill:#d0d7de}}</style>"]
-    for panel, name in enumerate(("loss", "std", "knn")):
-        points = [(record["epoch"], record[name]) for record in epochs
+    end = epochs[-1]["epoch"]
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" width="440" viewBox="0 0 440 410" '
+           'font-family="sans-serif" font-size="13">',
+           "<style>text{fill:#24292f}.axis{stroke:#8c959f}"
+           "@media(prefers-color-scheme:dark){text{fill:#d0d7de}}</style>",
+           f'<text x="4" y="16">simsiam.py, CIFAR-10, 1/4 of the channels, {end} epochs</text>']
+    panels = (("loss", -1, 0), ("std", 0, 1), ("knn", 0, 60))
+    for number, (name, low, high) in enumerate(panels):
+        top, bottom = 50 + 120 * number, 140 + 120 * number
+        values = [(record["epoch"], record[name]) for record in epochs
                   if record.get(name) is not None]
-        values = [value for _, value in points]
-        low, high = min(values), max(values)
-        left = 10 + 220 * panel
         shown = []
-        for epoch, value in points:
-            x = left + 190 * epoch / epochs[-1]["epoch"]
-            shown.append(f"{x:.1f},{150 - 110 * (value - low) / (high - low):.1f}")
-        out += [f'<text x="{left}" y="18">{name}: {values[0]:.3g} to {values[-1]:.3g}</text>',
-                f'<polyline points="{" ".join(shown)}" fill="none" stroke="#d55e00" '
-                'stroke-width="2"/>',
-                f'<text x="{left}" y="178">epoch 0 to {epochs[-1]["epoch"]}</text>']
+        for epoch, value in values:
+            across = 44 + 380 * epoch / end
+            shown.append(f"{across:.1f},{bottom - 90 * (value - low) / (high - low):.1f}")
+        out.append(f'<text x="44" y="{top - 6}">{name}: at the end {values[-1][1]:.3g}</text>')
+        for y, number_shown in ((top, high), (bottom, low)):
+            out += [f'<line class="axis" x1="44" y1="{y}" x2="424" y2="{y}" stroke-opacity=".3"/>',
+                    f'<text x="14" y="{y + 4}">{number_shown}</text>']
+        out.append(f'<polyline points="{" ".join(shown)}" fill="none" stroke="#d55e00" '
+                   'stroke-width="2"/>')
+    out += ['<text x="40" y="398">0</text>', f'<text x="390" y="398">epoch {end}</text>']
     return "\n".join([*out, "</svg>", ""])
 
 
@@ -348,7 +379,7 @@ def main(argv=None):
             if points:
                 curves.append((label, colors[len(curves) % len(colors)], points, False))
         if curves:
-            Path(args.svg).write_text(svg(curves))
+            Path(args.svg).write_text(svg(curves, "kNN accuracy in percent, by epoch"))
             print(f"wrote {args.svg}")
         return
     (REFERENCE / "RESULTS.md").write_text(results())

@@ -31,6 +31,7 @@ SHARED = [
     "--dataset mnist", "--arch vgg", "--arch ResNet18", "--stem big",
     "--device tpu", "--device cuda:0", "--precision fp8",
     "--epoch 3", "--nonsense 1", "--resume=1", "\u2013-lr 1",
+    "-f kernel.json",  # what a notebook's kernel is started with
 ]
 OWN = {
     "simclr": ["--tau 0", "--tau nan", "--proj-layers 0", "--optimizer adam"],
@@ -197,6 +198,7 @@ def test_empty_variables_of_torchrun_count_as_absent(monkeypatch):
 LAUNCHERS = {
     "tasks of Slurm": {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
     "a rank above the number of processes": {"RANK": "3", "WORLD_SIZE": "2"},
+    "a rank alone": {"RANK": "1"},
 }
 
 

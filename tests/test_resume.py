@@ -195,6 +195,13 @@ def test_saving_takes_at_most_a_twentieth_of_the_time(slow_disk, tmp_path):
     assert simsiam.SAVE_PAUSE == 20
 
 
+def test_minutes_include_saving(flags, slow_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr(moco, "SAVE_PAUSE", 0)
+    moco.main(short_epochs(flags, 2))
+    _, first, second = [line["minutes"] for line in read_log(tmp_path / "run")[1]]
+    assert first < 1 and 100 / 60 < second < 200 / 60  # the save of epoch 1 took 100 seconds
+
+
 def test_resume_after_epochs_that_were_not_saved_is_bit_identical(
         flags, slow_disk, tmp_path, capsys, monkeypatch):
     """The first epoch and the last are always saved; the log is cut back to the saved epoch."""
