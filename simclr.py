@@ -777,7 +777,7 @@ def begin_with(model, path):
 
 
 def kept_lines(path, record):
-    """The lines of a log up to the saved epoch; UserError if log or checkpoint is lost."""
+    """Lines of the log up to the saved epoch; UserError if log or checkpoint is lost."""
     lines, last, saved = [], 0, record.get("epoch", -1)
     path.touch()
     for line in path.read_text().splitlines():

@@ -234,7 +234,7 @@ def tables():
     """README's two tables of the methods: one CPU core, and one GPU."""
     out = ["One CPU core, 1.2 million views (12 epochs; 6 of LoGo, which takes four views of an\n"
            "image), a quarter of the channels, batch size 512, fp32:", "",
-           "| method | kNN | kNN, lightly | views/s, lightly |",
+           "| method | kNN | kNN, lightly | views/s: here, lightly |",
            "|---|---|---|---|"]
     for name, facts in PUBLISHED.items():
         peer = cpu_cell(f"lightly_{'fastsiam' if name == 'simsiam_logo' else name}")

@@ -180,7 +180,8 @@ def test_commands_run(command, home, tmp_path, monkeypatch):
             return  # two machines
         assert words[1:3] == ["--nproc-per-node", "8"]
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                 str(ROOT / words[3]), *words[4:], *SMALL, "--image-size", "16"]
+                 str(ROOT / words[3]), *words[4:], *SMALL, "--image-size", "16",
+                 "--arch", "resnet18"]
         done = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr

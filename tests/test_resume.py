@@ -596,7 +596,7 @@ def logged(out):
 
 
 def test_kills_at_random_moments_lose_nothing(start, flags, tmp_path):
-    """SIGKILL or SIGTERM, twelve times, start-up included, always with the same command.
+    """SIGKILL or SIGTERM, eight times, start-up included, always with the same command.
 
     Each leaves a whole checkpoint of the last logged epoch or of the one before. The last run
     ends bit-identical to a run that was never killed.
@@ -605,7 +605,7 @@ def test_kills_at_random_moments_lose_nothing(start, flags, tmp_path):
     argv = short_epochs(flags, total)
     rng, kept = random.Random(0), 0
     whole = start(train_moco, [*argv, "--out", str(tmp_path / "whole")], errors)
-    for number in range(12):
+    for number in range(8):
         child, new = start(train_moco, argv, errors), rng.randrange(3)
         deadline, wanted = time.monotonic() + 60, kept + 1 + new
         while child.is_alive() and len(logged(run)) < wanted and time.monotonic() < deadline:

@@ -439,6 +439,7 @@ def test_a_training_step_never_waits_for_the_device(script, flags, monkeypatch):
     assert len(questions.asked) == 2  # it would have seen them
 
 
+@pytest.mark.parametrize("script", [moco, simsiam_logo], ids=lambda module: module.__name__)
 def test_the_compiled_network_trains_as_the_plain_one(script, flags, monkeypatch):
     """It is one graph, traced once. An eager backend stands in for the compiler's."""
     compiled, make, graphs = [], torch.compile, []
@@ -461,6 +462,7 @@ def test_the_compiled_network_trains_as_the_plain_one(script, flags, monkeypatch
     assert end["knn"] == pytest.approx(plain["knn"], abs=10)
 
 
+@pytest.mark.parametrize("script", [moco, simsiam_logo], ids=lambda module: module.__name__)
 def test_bf16_gives_the_same_loss_as_fp32(script, flags, whole_runs):
     """In the first epoch, in which the schedules of one and of two epochs differ little."""
     _, (_, full, _) = read_log(whole_runs(script)[0])
