@@ -97,7 +97,8 @@ def add_recipe(parser):
 def check_recipe(args, count=None):
     """Exit with a one-line error if there are fewer images, count, than a batch has."""
     if count is not None and count < args.batch_size:
-        fail(f"--batch-size above the {count} images: try --batch-size {max(2, count // 2)}")
+        fail(f"--batch-size {args.batch_size} is larger than the {count} images: try "
+             f"--batch-size {max(2, count // 2)}")
 
 
 # =================== 2. Views (method) ===================
@@ -147,7 +148,7 @@ class LARS(torch.optim.Optimizer):
     decay.
     """
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0):
+    def __init__(self, params, lr, momentum, weight_decay):
         super().__init__(params, {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 

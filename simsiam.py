@@ -95,7 +95,8 @@ def add_recipe(parser):
 def check_recipe(args, count=None):
     """Exit with a one-line error if there are fewer images, count, than a batch has."""
     if count is not None and count < args.batch_size:
-        fail(f"--batch-size above the {count} images: try --batch-size {max(2, count // 2)}")
+        fail(f"--batch-size {args.batch_size} is larger than the {count} images: try "
+             f"--batch-size {max(2, count // 2)}")
 
 
 # =================== 2. Views (method) ===================

@@ -253,7 +253,7 @@ def test_no_script_needs_the_name_of_its_file(name, folder):
 # ------------------------------------------------------------------------------ sizes of the data
 def test_settings_that_do_not_fit_the_data_are_refused(flags, capsys, tmp_path):
     argv = flags(simsiam, "--batch-size", "41")
-    refused(capsys, simsiam, argv, "--batch-size 41", "40 images", "--batch-size 20")
+    refused(capsys, simsiam, argv, "--batch-size 41", "40 images: try --batch-size 20")
     refused(capsys, moco, flags(moco, "--queue", "33"), "--queue", "40 images")
     assert not (tmp_path / "run").exists()
 
