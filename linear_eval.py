@@ -129,8 +129,8 @@ def parse_args(argv=None):
     given = {args.lr, args.weight_decay, args.batch_size} - {None}
     if args.mode == "linear" and not args.augment and given:
         fail("--lr, --weight-decay and --batch-size need SGD: add --augment or --mode")
-    if args.mode == "scratch" and args.head_layers:
-        fail("--mode scratch uses no projector: remove --head-layers")
+    if args.head_layers and (args.mode == "scratch" or args.prefix):
+        fail("--mode scratch and --prefix read no projector: remove --head-layers")
     if processes()[1] > 1:
         fail("this script runs in one process: start it with python, not with torchrun")
     return args
@@ -159,7 +159,8 @@ def load_network(args, path):
         f.maxpool = nn.MaxPool2d(3, 2, 1)
     about["pool"] = str(f.maxpool).replace("Identity()", "no max-pool")
     if not own:
-        say(f"weights read as {about}; {len(left_out)} unused tensors: {left_out[:12]}")
+        # Unused tensors: the shortest names, because those of optimizer states are long.
+        say(f"weights read as {about}; {len(left_out)} unused: {sorted(left_out, key=len)[:20]}")
     head = load_head(saved, build, about.get("method"), args.head_layers)
     return nn.Sequential(f, *head), about, trained
 

@@ -41,12 +41,10 @@ Differences from the paper:
 
 # =================== Imports (shared) ===================
 import argparse
-import inspect
 import io
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -679,7 +677,7 @@ def processes():
     if dist.is_initialized():  # perhaps by another launcher
         return dist.get_rank(), dist.get_world_size(), local_rank
     rank, world = variable("RANK", 0), variable("WORLD_SIZE", 1)
-    if rank >= world or world < variable("SLURM_NTASKS", 1):
+    if rank >= world or world < variable("SLURM_STEP_NUM_TASKS", 1):
         fail("several processes must be started with torchrun, not by hand or by srun")
     return rank, world, local_rank
 
@@ -780,7 +778,6 @@ def begin_with(model, path):
 def kept_lines(path, record):
     """Lines of the log up to the saved epoch; UserError if log or checkpoint is lost."""
     lines, last, saved = [], 0, record.get("epoch", -1)
-    path.touch()
     for line in path.read_text().splitlines():
         with suppress(Exception):  # a line that a kill has cut, or that is no record
             epoch = json.loads(line).get("epoch", 0)
@@ -799,9 +796,9 @@ def describe(args, data):
     name, commit = data.mean.device.type, None
     if name == "cuda":
         name = torch.cuda.get_device_name()
-    if shutil.which("git"):
-        folder = os.path.dirname(inspect.getfile(resnet))
-        command = ["git", "-C", folder, "describe", "--always", "--dirty"]
+    with suppress(OSError):  # there is no git
+        command = ["git", "-C", Path(resnet.__code__.co_filename).parent,  # of common.py
+                   "describe", "--always", "--dirty"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     about = {"images": len(data.train_images), "pixels": data.train_images.shape[3],
              "mean": f"{data.mean.cpu()}"}
@@ -814,8 +811,9 @@ def open_log(args, header, record):
     """Open and lock the log, keep its lines up to the saved epoch, add a header."""
     path = Path(args.out, "log.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
     lines = [] if args.overwrite else kept_lines(path, record)
-    log = open(path, "a")
+    log = open(path, "r+")
     try:
         if fcntl:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -826,8 +824,9 @@ def open_log(args, header, record):
         pass  # some network file systems have no locks
     if not record:  # else --resume after an early kill would continue the old run
         path.with_name("checkpoint.pt").unlink(missing_ok=True)
-    log.truncate(0)
+    # Written over the old text, which is cut last: a full disk loses no kept line.
     print(*lines, json.dumps(header), sep="\n", file=log, flush=True)
+    log.truncate()
     say(f"{args.method}: {args.arch} on {header['device']}; {header['data']}\n"
         f"epoch {record.get('epoch', 0)} of {args.epochs}, kNN with k = "
         f"{min(args.knn_k, header['data']['images'])}, to {args.out}")
@@ -852,13 +851,17 @@ def save_checkpoint(path, state):
     """Save a run; return when the next save is due, by time.perf_counter.
 
     The checkpoint is serialised in memory, written to a temporary file and renamed, so
-    that it is whole or absent at any moment. Raises OSError if the disk is full.
+    that it is whole or absent at any moment. Exits with a one-line error if the disk is
+    full.
     """
     start = time.perf_counter()
     buffer = io.BytesIO()
     torch.save(state, buffer)
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(buffer.getbuffer())
+    try:
+        temporary.write_bytes(buffer.getbuffer())
+    except OSError as problem:
+        fail(f"cannot write {temporary}, make room, then --resume: {problem}")
     temporary.replace(path)
     end = time.perf_counter()
     return end + SAVE_PAUSE * (end - start)

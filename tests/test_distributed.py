@@ -129,16 +129,18 @@ def test_moco_shuffles_keys_across_processes(variables, tmp_path):
 
 # ------------------------------------------------------------------------------ starting
 @pytest.mark.parametrize("variables", [
-    {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "1"}, {"SLURM_NTASKS": "2"},
-    {"SLURM_NTASKS": "4", "RANK": "0", "WORLD_SIZE": "2"}], ids=str)
+    {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "1"}, {"SLURM_STEP_NUM_TASKS": "2"},
+    {"SLURM_STEP_NUM_TASKS": "4", "RANK": "0", "WORLD_SIZE": "2"}], ids=str)
 def test_processes_that_torchrun_did_not_start_are_refused(variables, capsys, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     refused(capsys, simsiam, [], "torchrun")
 
 
-def test_one_task_of_slurm_is_a_single_process(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "1")
+def test_a_script_in_a_job_of_slurm_is_a_single_process_unless_srun_starts_several(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # what sbatch -n 4 sets, also for its shell script
+    assert simsiam.processes() == (0, 1, 0)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert simsiam.processes() == (0, 1, 0)
 
 

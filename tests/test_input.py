@@ -196,7 +196,7 @@ def test_empty_variables_of_torchrun_count_as_absent(monkeypatch):
 
 
 LAUNCHERS = {
-    "tasks of Slurm": {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+    "tasks of srun": {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
     "a rank above the number of processes": {"RANK": "3", "WORLD_SIZE": "2"},
     "a rank alone": {"RANK": "1"},
 }

@@ -411,7 +411,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     simsiam.save_checkpoint(path, {"epoch": 1, "x": torch.ones(3)})
     before, state = path.read_bytes(), {"epoch": 2, "x": torch.ones(2**20)}
-    with pytest.raises(OSError):
+    with pytest.raises(SystemExit, match="2"):
         limited(path, state)
     assert path.read_bytes() == before
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -458,7 +458,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_epoch(
         return write_bytes(path, content)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        refused(capsys, moco, flags(moco), "No space left")
+        refused(capsys, moco, flags(moco), "checkpoint.tmp", "make room", "No space left")
     assert load(out)["epoch"] == 1 and epochs(out) == [0, 1, 2]
     with monkeypatch.context() as patch:
         patch.setattr(moco, "open_log", lambda *args: FullLog(opened(*args)))
@@ -468,6 +468,23 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_epoch(
     whole, _ = whole_runs(moco)
     assert same_state(out, whole) and curve(out) == curve(whole)
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+
+
+def test_a_full_disk_at_the_start_of_a_resume_loses_no_record(
+        flags, finished, capsys, tmp_path, monkeypatch):
+    """The old text is overwritten by itself, so that it needs no room, and cut after that."""
+    finished(moco)
+    log = tmp_path / "run/log.jsonl"
+    before = log.read_text()
+
+    def full(*words, file, **rest):
+        file.write("\n".join(words)[:len(before)])
+        file.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(moco, "print", full, raising=False)
+        refused(capsys, moco, flags(moco, "--resume"), "No space left")
+    assert log.read_text() == before
 
 
 # ------------------------------------------------------------------------------ signals, kills
