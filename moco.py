@@ -188,7 +188,8 @@ class Model(nn.Module):
     """The networks f and g, their slow copies f_k and g_k, and the queue.
 
     base_encoder: a function that returns a backbone: images to (B, backbone.num_features)
-    args: any object with `proj_layers`, `queue`, `symmetric` and `bn_splits`
+    args: any object with `proj_layers`, `queue`, `symmetric` and `bn_splits`; a batch has
+    2, 3, ... times as many images as splits
     """
 
     sync_bn = False  # statistics of the whole batch would reveal the positive [Sec. 3.3]
@@ -855,7 +856,7 @@ def describe(args, data):
              "mean": f"{data.mean.cpu()}"}
     return {"args": vars(args), "data": about, "commit": commit,
             "torch": f"{torch.__version__}",
-            "device": f"{name}, {torch.get_num_threads()} threads"}
+            "device": f"{processes()[1]} x {name}, {torch.get_num_threads()} threads"}
 
 
 def open_log(args, header, record):

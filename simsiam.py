@@ -773,7 +773,7 @@ def describe(args, data):
              "mean": f"{data.mean.cpu()}"}
     return {"args": vars(args), "data": about, "commit": commit,
             "torch": f"{torch.__version__}",
-            "device": f"{name}, {torch.get_num_threads()} threads"}
+            "device": f"{processes()[1]} x {name}, {torch.get_num_threads()} threads"}
 
 
 def open_log(args, header, record):

@@ -213,7 +213,7 @@ def test_the_log_and_the_checkpoint_hold_what_they_should(script, whole_runs):
     assert header["args"]["method"] == script.__name__
     assert header["data"]["images"] == 40 and header["data"]["pixels"] == 16
     assert header["torch"] == torch.__version__
-    assert header["device"] == f"cpu, {torch.get_num_threads()} threads"
+    assert header["device"] == f"1 x cpu, {torch.get_num_threads()} threads"
     assert [*saved] == [*header, "epoch", "record", "mean", "std", "backbone", "model",
                         "optimizer"]
     assert saved["epoch"] == 2 and saved["record"] == end
