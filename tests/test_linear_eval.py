@@ -649,7 +649,7 @@ def test_a_folder_of_a_run_means_its_checkpoint(run, folder, tmp_path, capsys):
     assert kept["knn_of"] == "pre-trained" and kept["args"]["mode"] == "linear"
     assert kept["used"] == {
         "epochs": 5, "lr": None, "weight_decay": None, "batch_size": 40, "labels": 40}
-    assert kept["torch"] == torch.__version__ and kept["device"].startswith("cpu")
+    assert kept["torch"] == torch.__version__ and kept["device"].startswith("1 x cpu")
     assert kept["seconds"] > 0 and not kept["bf16"] and "commit" in kept
 
 
