@@ -85,7 +85,7 @@ def add_recipe(parser):
         ("--pred-dim", COUNT, 512,
          "hidden units of the predictor; 512 is a quarter of z's 2048 [SimSiam Sec. 3]"),
         ("--fix-pred-lr", bool, True,
-         "keep the predictor's rate constant [SimSiam Sec. 4.2, main_simsiam.py]"),
+         "keep the predictor's learning rate constant [SimSiam Sec. 4.2, main_simsiam.py]"),
         ("--stop-gradient", bool, True, "else the outputs collapse [SimSiam Fig. 2]"),
     ])
 
@@ -263,7 +263,7 @@ def train(args, data, begin=None):
             if not losses.isfinite().all():
                 first = losses.isfinite().int().argmin()
                 fail(f"the loss is {losses[first]} at epoch {epoch}, step {first + 1} of "
-                     f"{steps}: try a lower --lr; epoch {saved_epoch or '(none)'} is saved", 1)
+                     f"{steps}: try a lower --lr; saved is epoch {saved_epoch} (0: none)", 1)
 
             # Monitor, log and save.
             record = {
@@ -569,7 +569,7 @@ FLAGS = [  # name, type or choices, default, meaning
     ("--skip-broken", bool, False, "leave out files that cannot be read"),
     ("--max-pixels", COUNT, None, "refuse larger images; None: 179 million"),
     ("--image-size", within(int, 8, 4096), None,
-     "side in pixels; None: 32; folder: 224, or less if all are equal smaller squares"),
+     "pixels; None: 32; folder: 224, or the images' own if all are squares of one smaller size"),
     ("--workers", COUNT, 8, "loading threads if the images do not fit on the device"),
     # Network
     ("--arch", tuple(ARCHS), "resnet18", "backbone"),
@@ -595,10 +595,10 @@ FLAGS = [  # name, type or choices, default, meaning
     ("--save-views", file_path, None, "PNG to draw: eight images and their views"),
     # Monitor
     ("--knn-every", COUNT, None,
-     "epochs between two kNN, also before and after training; None: a fortieth of all"),
+     "measure the kNN every so many epochs, before training and at the end; None: a "
+     "fortieth of --epochs"),
     ("--knn-k", COUNT, 200, "neighbours [MoCo CIFAR demo]"),
-    ("--knn-tau", RATE, 0.1,
-     "temperature of a neighbour's vote [MoCo CIFAR demo]"),
+    ("--knn-tau", RATE, 0.1, "temperature of a neighbour's vote [MoCo CIFAR demo]"),
 ]
 
 
@@ -624,7 +624,7 @@ def parse_args(argv=None, method=METHOD):
     args = parser.parse_args(argv)
     world = processes()[1]
     if args.batch_size % world or args.batch_size < 2 * world:
-        fail(f"--batch-size must be a multiple of {world} processes, at least {2 * world}")
+        fail(f"--batch-size must be a multiple of {world} (processes), at least {2 * world}")
     check_recipe(args)
     return args
 
@@ -756,7 +756,8 @@ def kept_lines(path, record):
     # A kill during the first save leaves epoch 1 in the log and no checkpoint.
     if last > 1 and not record or last < saved:
         raise UserError(
-            f"{path} and its checkpoint.pt do not match: restore one, or --overwrite both")
+            f"{path} and the checkpoint.pt beside it do not match, or one is missing: bring "
+            "the right file back, or replace both by --overwrite")
     return lines
 
 

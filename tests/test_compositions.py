@@ -52,7 +52,7 @@ def knn(f, bank, labels, queries, truth):
 @pytest.mark.skipif("SLOW" not in os.environ, reason="SLOW=1 runs it, for some minutes")
 @pytest.mark.parametrize("name", METHODS)
 def test_each_learns_the_classes_of_drawn_images(name):
-    """In 300 steps. Seen on one CPU: BYOL 31.3 to 35.6, SwAV to 44.3, MoCo-LoGo to 43.6."""
+    """In 300 steps their kNN accuracy rises by 2 points or more."""
     kind, step, script, more = METHODS[name]
     if name == "moco_logo":
         more = {**more, "queue": 512}
