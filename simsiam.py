@@ -263,7 +263,7 @@ def train(args, data, begin=None):
             if not losses.isfinite().all():
                 first = losses.isfinite().int().argmin()
                 fail(f"the loss is {losses[first]} at epoch {epoch}, step {first + 1} of "
-                     f"{steps}: try a lower --lr; saved is epoch {saved_epoch} (0: none)", 1)
+                     f"{steps}: try a lower --lr; epoch {saved_epoch} is saved (0: none)", 1)
 
             # Monitor, log and save.
             record = {
@@ -624,7 +624,7 @@ def parse_args(argv=None, method=METHOD):
     args = parser.parse_args(argv)
     world = processes()[1]
     if args.batch_size % world or args.batch_size < 2 * world:
-        fail(f"--batch-size must be a multiple of {world} (processes), at least {2 * world}")
+        fail(f"--batch-size must divide evenly over {world} processes, at least 2 for each")
     check_recipe(args)
     return args
 

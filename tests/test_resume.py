@@ -264,7 +264,8 @@ def test_resume_refuses_a_log_that_lost_the_records_of_saved_epochs(
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     for text in ("\n".join(json.dumps(line, indent=1) for line in lines), ""):
         log.write_text(text)
-        refused(capsys, moco, flags(moco, "--resume"), "do not match, or one is missing", "--overwrite")
+        refused(capsys, moco, flags(moco, "--resume"), "do not match, or one is missing",
+                "--overwrite")
         assert log.read_text() == text
 
 
