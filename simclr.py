@@ -294,7 +294,7 @@ def train(args, data, begin=None):
             if not losses.isfinite().all():
                 first = losses.isfinite().int().argmin()
                 fail(f"the loss is {losses[first]} at epoch {epoch}, step {first + 1} of "
-                     f"{steps}: try a lower --lr; epoch {saved_epoch} is saved (0: none)", 1)
+                     f"{steps}: try a lower --lr; epoch {saved_epoch or '(none)'} is saved", 1)
 
             # Monitor, log and save.
             record = {
