@@ -3,9 +3,9 @@
     python linear_eval.py runs/simclr
     python linear_eval.py resnet50.pth --arch resnet50 --dataset folder --data-dir images
 
-CHECKPOINT is a run's folder or its checkpoint.pt, or a file of ResNet weights, named as
-in torchvision or by numbers as in nn.Sequential. This file needs common.py and simsiam.py
-beside it.
+CHECKPOINT is a run's folder or its checkpoint.pt, or a file of ResNet weights, whose
+tensors are named as in torchvision, or by numbers as in nn.Sequential. This file needs
+common.py and simsiam.py beside it, and for --head-layers the method's own file.
 
 --mode linear    Train a classifier on the frozen backbone: by L-BFGS on features that are
                  computed once, or with --augment by SGD on random crops.
@@ -17,13 +17,14 @@ beside it.
 
 Accuracies are percentages over all test images after the last epoch: top1, top5, and
 `balanced`, the mean of the classes' top1. They never select an epoch or a setting. kNN
-and pictures show the backbone as loaded, before --mode trains it; an export is written
-after. Without a test split, a fifth of each class's images is held out as one.
+and pictures show the backbone before --mode trains it (random weights in scratch mode);
+an export is written after. Without a test split, a fifth of each class's images, at least
+one image, is held out as one.
 
 Differences from the papers: a batch norm without scale and shift stands before the
 classifier [MAE App. A]. A student is trained by SGD for 100 epochs, not by LARS for 400
-as in SimCLR v2, and its scores are not divided by tau, because at a low tau SGD, unlike
-LARS, would hardly change the backbone.
+as in SimCLR v2. Only the teacher's scores are divided by tau, not the student's: at a low
+tau SGD, unlike LARS, would hardly change the student's backbone.
 """
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
@@ -35,9 +36,7 @@ import importlib
 import io
 import json
 import math
-import re
 import signal
-import sys
 import tempfile
 import time
 from functools import partial
@@ -61,7 +60,7 @@ RECIPES = {  # epochs, learning rate at batch size 256, weight decay
     "linear": (1000, None, None),  # at most 1000 iterations of L-BFGS, not epochs [ours]
     "augment": (100, 0.1, 0.0),  # linear with --augment [ours; epochs: MoCo CIFAR demo]
     "finetune": (30, 0.05, 0.0),  # [SimCLR App. B.5, which has 60 epochs for 1 %]
-    "scratch": (100, 0.1, 5e-4),  # [ours; He et al. 1512.03385 Sec. 4.2 has 0.2]
+    "scratch": (100, 0.1, 5e-4),  # [ours; He et al. 1512.03385: 0.1 at batch 128]
     "distill": (100, 0.06, 5e-4),  # as in pre-training [SimCLR v2 Sec. 3]
 }
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's mean and std
@@ -80,23 +79,25 @@ FLAGS = [  # name, type or choices, default, meaning
     ("--label-fraction", within(float, 1e-6, 1), 1.0, "share of each class that has labels"),
     ("--head-layers", within(int, 0, 10), 0,
      "first layers of the projector to keep; 1 in SimCLR v2 [Sec. 2]"),
-    ("--distill-tau", RATE, 0.1, "of the teacher's predictions [SimCLR v2 Sec. 3]"),
+    ("--distill-tau", RATE, 0.1, "softens the teacher's predictions [SimCLR v2 Sec. 3]"),
     ("--knn-tau", RATE, 0.1, "temperature of a neighbour's vote [MoCo CIFAR demo]"),
     # Data, where they differ from the checkpoint's
     ("--dataset", DATASETS, None, "None: the checkpoint's, or cifar10"),
-    ("--data-dir", file_path, None, "folder of images, or of CIFAR's download"),
-    ("--cache-dir", file_path, None, "where decoded images are kept; None: --data-dir"),
-    ("--skip-broken", bool, False, "leave out files that cannot be read"),
-    ("--max-pixels", COUNT, None, "refuse larger images; None: 179 million"),
+    ("--data-dir", file_path, None,
+     "folder of images, or of CIFAR's download; None: the checkpoint's, or data"),
+    ("--cache-dir", file_path, None,
+     "where decoded images are kept; None: the checkpoint's, or --data-dir"),
+    ("--skip-broken", bool, None, "leave out files that cannot be read; None: as in training"),
+    ("--max-pixels", COUNT, None, "refuse larger images; None: as in training"),
     ("--image-size", within(int, 8, 4096), None, "pixels; None: the checkpoint's"),
     # Network, where it differs from the checkpoint's
     ("--arch", tuple(ARCHS), None, "backbone; None: the checkpoint's, or resnet18"),
-    ("--prefix", str, "", "text before the backbone's names, if a file holds several "
-     "networks: f_k. for MoCo's slow copy, module.encoder_q."),
+    ("--prefix", str, "", "text before the backbone's names, with its final dot, if a "
+     "file holds several networks: 'f_k.' for MoCo's slow copy, 'module.encoder_q.'"),
     ("--stem", ("cifar", "imagenet"), None,
-     "max-pool of foreign weights: cifar has none; None: by the first kernel's size"),
+     "max-pool after the first layer: cifar has none; None: by the first kernel's size"),
     # Run and output
-    ("--seed", within(int, 0, 10**9), 0, "of labels, order and crops"),
+    ("--seed", within(int, 0, 10**9), 0, "of held-out and labelled images, order and crops"),
     ("--device", ("auto", "cuda", "cpu", "mps"), "auto", "auto: a GPU if there is one"),
     ("--precision", ("auto", "bf16", "fp32"), "auto", "auto: bf16 on CUDA, else fp32"),
     ("--out", file_path, None, "folder for the JSON results; None: the checkpoint's"),
@@ -120,12 +121,7 @@ def parse_args(argv=None):
         help="values of k, one accuracy each")
     add("--mean", type=within(float, -10, 10), nargs=3, help="None: training's, or ImageNet's")
     add("--std", type=within(float, 1e-6, 10), nargs=3, help="None: training's, or ImageNet's")
-    words = []
-    for word in sys.argv[1:] if argv is None else argv:
-        if re.fullmatch(r"-[\d.]+e-?\d+", word):  # argparse thinks -1e-3 is a flag
-            word = f"{float(word):f}"
-        words.append(word)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     given = {args.lr, args.weight_decay, args.batch_size} - {None}
     if args.mode == "linear" and not args.augment and given:
         fail("--lr, --weight-decay and --batch-size need SGD: add --augment or --mode")
@@ -171,9 +167,10 @@ def read_as(args, weights, saved, trained):
     saved, trained: our checkpoint and its run's flags; both {} for other weights
     """
     kernel = weights["conv1.weight"].shape[2]
+    channels = len(weights.get("layer4.0.conv1.weight", range(512)))
     about = {
         "arch": args.arch or trained.get("arch", "resnet18"),
-        "width": len(weights.get("layer4.0.conv1.weight", ())) / 512 or 1.0,
+        "width": trained.get("width", channels / 512),
         "stem": f"{kernel}x{kernel}",
         "pixels": 32 if kernel == 3 else 224,
         "mean": IMAGENET[0],
@@ -218,9 +215,12 @@ def load_images(args, about, trained, device):
         known = trained
     data_dir = args.data_dir or known.get("data_dir", "data")
     cache_dir = args.cache_dir or known.get("cache_dir")
-    skip_broken = args.skip_broken or known.get("skip_broken")
+    max_pixels = args.max_pixels or known.get("max_pixels")
+    skip_broken = args.skip_broken
+    if skip_broken is None:
+        skip_broken = known.get("skip_broken")
     data = load_dataset(
-        name, data_dir, about["pixels"], cache_dir, device, skip_broken, args.max_pixels)
+        name, data_dir, about["pixels"], cache_dir, device, skip_broken, max_pixels)
     mean = torch.tensor(about["mean"], device=device)
     std = torch.tensor(about["std"], device=device)
     data = data._replace(mean=mean, std=std)
@@ -259,6 +259,7 @@ def few_labels(indices, labels, fraction, seed):
 
 def check_outputs(args, path, out):
     """Before the work, refuse output paths that cannot be written."""
+    # "results.json" stands for the results, whose name comes later.
     for output in (out / "results.json", args.export, args.neighbours, args.map):
         if output is None:
             continue
@@ -282,15 +283,18 @@ def frame(images, colors):
 def draw_neighbours(path, bank, bank_images, bank_labels, queries, images, labels):
     """Ten rows: an image and its ten nearest of the bank, green if of its class, or red.
 
-    bank: (N, D) and queries: (M, D) features; if both are one set, no image is its own
-    neighbour
+    bank: (N, D) features; images whose row is 0 are left out
+    queries: (M, D) features; if images is bank_images, no image is its own neighbour
     """
     chosen = torch.linspace(0, len(queries) - 1, min(10, len(queries))).long()
-    length = bank.norm(dim=1).clamp(min=1e-12)
+    length = bank.norm(dim=1)
     cosine = queries[chosen] @ bank.T / length
+    cosine[:, length == 0] = -math.inf
+    count = length.count_nonzero().item()
     if images is bank_images:
         cosine[range(len(chosen)), chosen] = -math.inf
-    nearest = cosine.topk(min(10, len(bank))).indices.cpu()
+        count -= 1
+    nearest = cosine.topk(min(10, count)).indices.cpu()
     colors = torch.full((*nearest.shape, 3), 0.6)
     if labels is not None:
         same = bank_labels.cpu()[nearest] == labels.cpu()[chosen, None]
@@ -383,6 +387,7 @@ def batch_loss(network, head, x, labels, args, autocast, teacher):
     with torch.no_grad(), autocast():
         scores = teaching_network(x)
     scores = teaching_head(scores.float())
+    # Only the teacher's scores are divided by tau, so the student's are multiplied first.
     return distill_loss(args.distill_tau * y, scores, args.distill_tau)
 
 
@@ -450,10 +455,12 @@ def choose_recipe(args, count):
 def classify(network, bank, queries, keep, data, args, autocast, teacher=None):
     """Train a classifier as --mode says; return accuracies, classifier and recipe.
 
-    bank: features of the training images keep (n,); queries: of the test images
+    keep: indices (n,) of the images to train on; queries: features of the test images
+    bank: features of the labelled images, in linear mode those of keep
     """
     used = choose_recipe(args, len(keep))
-    # Feature scales differ, so eps is tiny; in training that would blow up dead channels.
+    # Features can have any scale, so eps is tiny. But where the backbone is trained, it
+    # would let channels that are almost constant have huge gradients.
     eps = 1e-12 if args.mode == "linear" else 1e-5
     head = nn.Sequential(
         nn.BatchNorm1d(bank.shape[1], eps, affine=False),
@@ -492,7 +499,7 @@ def judge(args, network, data, used, bank, queries, autocast):
         knn[f"knn{k}"] = knn_accuracy(bank, labels, queries, data.test_labels,
                                       len(data.classes), k, args.knn_tau)
         if k > len(keep):
-            say(f"knn{k} uses k = {len(keep)}: there are only so few labelled images")
+            say(f"knn{k} uses k = {len(keep)}: no more images are labelled")
     if args.mode != "distill":
         results, _, recipe = classify(network, bank, queries, keep, data, args, autocast)
         return {**results, **knn}, {**recipe, "labels": len(keep)}
@@ -557,7 +564,7 @@ def judge_all(args, path, out):
             fail("features are not finite: broken weights? or try --precision fp32", 1)
         results, recipe = judge(args, network, data, used, bank, queries, autocast)
         held_out = ~torch.isin(torch.arange(len(bank)), used)
-        bank[held_out] = 0  # in pictures, these are no neighbours
+        bank[held_out] = 0  # draw_neighbours leaves these out
     elif args.mode != "linear":
         raise UserError(f"--mode {args.mode} needs images in class folders")
     line = " ".join(f"{name}={value:.2f}" for name, value in results.items())

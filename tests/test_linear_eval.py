@@ -627,11 +627,6 @@ def test_a_checkpoint_behind_a_list_of_numbers_is_asked_to_stand_first(capsys):
         refuses(capsys, argv, "CHECKPOINT")
 
 
-def test_negative_numbers_are_read_in_scientific_notation_too():
-    args = parse("--mean", "-1e-3", "-2.5e0", "-0.5", "--augment")
-    assert args.mean == [-0.001, -2.5, -0.5] and args.augment
-
-
 # ------------------------------------------------------------------------------ checkpoints
 def test_a_folder_of_a_run_means_its_checkpoint(run, folder, tmp_path, capsys):
     """Its settings are the checkpoint's, and the results are written into it."""
@@ -658,27 +653,30 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):
 
 
 def test_flags_replace_what_the_checkpoint_says(run, tmp_path):
-    judge(run(), "--image-size", 24, "--mean", 0, 0, "-1e-1", "--std", 1, 1, 2, "--epochs", 1,
-          "--precision", "bf16", "--out", tmp_path)
+    scale = ["--mean", 0, 0, -0.1, "--std", 1, 1, 2]
+    judge(run(), *scale, "--image-size", 24, "--epochs", 1, "--precision", "bf16",
+          "--out", tmp_path)
     kept = read_result(tmp_path)
     assert kept["pixels"] == 24 and kept["bf16"]
     assert kept["mean"] == [0, 0, -0.1] and kept["std"] == [1, 1, 2]
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ([], ("folder", "birds", 16, "kept", True)),
-    (["--cache-dir", "other"], ("folder", "birds", 16, "other", True)),
-    (["--data-dir", "fish"], ("folder", "fish", 16, None, None)),
-    (["--dataset", "shapes"], ("shapes", "data", 16, None, None))])
+    ([], ("folder", "birds", 16, "kept", True, 10**9)),
+    (["--cache-dir", "other"], ("folder", "birds", 16, "other", True, 10**9)),
+    (["--no-skip-broken"], ("folder", "birds", 16, "kept", False, 10**9)),
+    (["--max-pixels", 5], ("folder", "birds", 16, "kept", True, 5)),
+    (["--data-dir", "fish"], ("folder", "fish", 16, None, None, None)),
+    (["--dataset", "shapes"], ("shapes", "data", 16, None, None, None))])
 def test_the_data_are_the_checkpoints_unless_flags_name_others(flags, expected, monkeypatch):
     """What a run said of its folder does not hold for another one."""
-    trained = {
-        "dataset": "folder", "data_dir": "birds", "cache_dir": "kept", "skip_broken": True}
+    trained = {"dataset": "folder", "data_dir": "birds", "cache_dir": "kept",
+               "skip_broken": True, "max_pixels": 10**9}
     about = {"pixels": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
     calls = []
 
     def read(name, data_dir, image_size, cache_dir, device, skip_broken, max_pixels):
-        calls.append((name, data_dir, image_size, cache_dir, skip_broken))
+        calls.append((name, data_dir, image_size, cache_dir, skip_broken, max_pixels))
         return two_classes(torch.zeros(4, 3, 8, 8), torch.arange(4) % 2)
     monkeypatch.setattr(linear_eval, "load_dataset", read)
     data, used = linear_eval.load_images(parse(*flags), about, trained, torch.device("cpu"))
@@ -782,6 +780,18 @@ def test_the_width_of_foreign_weights_is_read_off_them(arch, width, tmp_path):
     network, about, _ = linear_eval.load_network(parse("--arch", arch), tmp_path / "w.pth")
     assert about["width"] == pytest.approx(width, abs=0.001)
     assert all(x.equal(weights[key]) for key, x in network[0].state_dict().items())
+
+
+def test_the_width_of_a_run_is_the_one_it_was_trained_with(run, tmp_path):
+    """At 0.333 the last stage, of 170 channels, tells of 42 in the second, which has 43."""
+    saved = torch.load(run(), weights_only=True)
+    saved["args"]["width"] = 0.333
+    saved["backbone"] = common.resnet("resnet18", 0.333, "cifar").state_dict()
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    network, about, _ = linear_eval.load_network(parse(), tmp_path / "checkpoint.pt")
+    assert about["width"] == 0.333
+    loaded = network[0].state_dict()
+    assert all(x.equal(saved["backbone"][key]) for key, x in loaded.items())
 
 
 @pytest.mark.parametrize("kernel", ["3x3", "7x7"])
@@ -948,6 +958,10 @@ def test_neighbours_are_the_nearest_and_framed_by_class(tmp_path):
     for i, index in enumerate(shown[1:], 1):
         green = corners[1, i] > corners[0, i]
         assert green == (index < 10)  # 10 and above are of the other class, and red
+    bank[2:] = 0  # left out: of two images, each has one neighbour
+    linear_eval.draw_neighbours(tmp_path / "t.png", bank, images, labels, bank[:2], images, labels)
+    shown = [[number(cell) for cell in row] for row in cells(tmp_path / "t.png", 64)]
+    assert shown == [[0, 1], [1, 0]]
 
 
 def test_an_image_that_is_held_out_is_no_neighbour(run, unsplit, tmp_path):
