@@ -1,7 +1,8 @@
 """Data loading and ResNet backbones for the four methods.
 
 Each script needs only this file beside it: to copy a method, copy both files. Images are
-uint8 tensors (N, 3, H, W) until they are on the device, where small data sets stay whole.
+uint8 tensors (N, 3, H, W). A small data set stays whole on the device. Of a large one,
+only a batch at a time goes there.
 """
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
@@ -165,7 +166,7 @@ def _load_folder(root, size, cache_dir, skip_broken):
     if broken and not skip_broken:
         raise UserError(
             f"cannot read {len(broken)} of {len(files)} images: --skip-broken leaves them out, "
-            f"--max-pixels N allows large ones, deleting decoded-* retries: {', '.join(broken)}")
+            f"--max-pixels N allows large ones, delete decoded-* to try again: {', '.join(broken)}")
     if broken:
         say(f"left out {len(broken)} images that cannot be read: {', '.join(broken)}")
     # Rows of readable files come first: train's, then test's. Empty rows follow.
@@ -209,7 +210,8 @@ def sort_images(root, files):
 
     If root has a train/ folder, only that is trained on, and the first of TEST_SPLITS
     whose class folders all exist in train/ is tested on. Else all files are trained on.
-    Labels need two or more class folders and, without a train/, no images beside them.
+    There are labels if there are two or more class folders. But without a train/, images
+    beside the class folders mean that there are none.
     Returns train and test, {file: label}; the names of the classes, [] without labels;
     and the name of the test split, or the reason why there is none.
     """
@@ -261,8 +263,8 @@ def _decoded(files, root, size, cache_dir):
 
     Returns the array and a list that says why each file cannot be read, "" if it can.
     The array's name has a hash of all files' paths, sizes and times, and of the first
-    bytes of up to 64 files: a changed folder gets a new array, a copy with its times does
-    not.
+    bytes of up to 64 files: a changed folder gets a new array, a copy that keeps the
+    files' times does not.
     """
     # Increase the number when read_image's output changes.
     digest = hashlib.blake2b(f"decoder 3, {Image.MAX_IMAGE_PIXELS}".encode(), digest_size=8)
@@ -529,7 +531,7 @@ def all_tensors(value, name=""):
 def load_weights(path, prefix=""):
     """Read a checkpoint and find its ResNet, with torchvision's or numbered names.
 
-    prefix: the text before the backbone's names, or its last parts with the final dot
+    prefix: the text before the backbone's names, or the end of that; with its final dot
     Returns the backbone's weights under torchvision's names, the whole file as a dict,
     and the names of all other tensors in it. Raises UserError if no single backbone fits.
     """

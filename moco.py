@@ -1,7 +1,7 @@
-"""MoCo: self-supervised learning by finding an image's key among the keys of a queue.
+"""MoCo: self-supervised learning by telling an image's key from the keys of a queue.
 
-These defaults (CIFAR-10, ResNet-18, 200 epochs, one GPU) are not measured yet. The authors'
-demo has 85.3 % kNN accuracy (of its head's 128-d output), the library lightly 84.7 %.
+These defaults (CIFAR-10, ResNet-18, 200 epochs, one GPU) are not measured yet. A CIFAR-10
+demo of the authors has 85.3 % kNN accuracy (of g's output, not f's), lightly 84.7 %.
 
 Reference implementation, to be read, diffed and copied (with common.py), of "Momentum
 Contrast for Unsupervised Visual Representation Learning", He et al., CVPR 2020, arXiv
@@ -9,29 +9,29 @@ Contrast for Unsupervised Visual Representation Learning", He et al., CVPR 2020,
 
     python moco.py --epochs 200 --batch-size 512
 
-The query of a view must find the key of the image's other view among a queue of keys of
-earlier batches. Keys come from a slowly moving copy of the network, so that old keys stay
-comparable with new ones.
+The query of a view must tell the key of the image's other view from the keys of earlier
+batches, which are kept in a queue. Keys come from a slowly moving copy of the network, so
+that old keys stay comparable with new ones.
 
     x1, x2   (B, 3, H, W)  two random views of a batch of B images
     f        backbone      f(x) is kept after training, (B, 512) for ResNet-18
     g        head          query q = g(f(x)), (B, 128); key k = g_k(f_k(x)), a constant
-    queue    (K, 128)      the last K keys, the negatives; unit vectors
+    queue    (K, 128)      the last K keys, the negatives; unit vectors, random at first
     tau      temperature   of the softmax
     l(q, k)  = -log( exp(q . k / tau) / (exp(q . k / tau) + sum_i exp(q . queue_i / tau)) )  (1)
-    theta_k  = m theta_k + (1 - m) theta_q: parameters of f_k, g_k after every step          (2)
+    theta_k  = m theta_k + (1 - m) theta_q: f_k, g_k follow f, g after every step           (2)
     L        = l(q1, k2) + l(q2, k1), or l(q1, k2) with --no-symmetric; |q| = |k| = 1
-               log(K + 1), twice if symmetric, for a network that cannot tell images apart
+               2 log(K + 1), or log(K + 1), if the network cannot tell images apart
 
 Differences from the paper:
-- Colour strengths are drawn per image, but the order of the four operations once per view
-  and batch, so that each operation is one call for the whole batch.
+- Colour strengths are drawn per image, but the order of brightness, contrast, saturation
+  and hue once per view and batch, so that each is one call for the whole batch.
 - The learning rate changes at every step, not every epoch. Crops are not antialiased.
-- The recipe is the authors' CIFAR-10 demo's, but its head is linear. The symmetric loss
-  is a sum, both views' keys enter the queue after both losses, and eight splits of the
-  batch stand for the paper's eight GPUs (ShuffleBN).
-- The defaults are for CIFAR. For ImageNet MoCo v2 has crops from 0.2, tau 0.2, m 0.999,
-  weight decay 1e-4 and K 65536.
+- The recipe is the demo's with its symmetric loss, a sum, and both views' keys enter the
+  queue after both losses. Eight parts of the batch, with batch norms of their own, stand
+  for the paper's eight GPUs. Only the head differs: the demo's is one linear layer.
+- The defaults are for CIFAR. For ImageNet, MoCo v2 has crops of at least 0.2 of the area,
+  tau 0.2, m 0.999, weight decay 1e-4, K 65536 and a hidden layer of 2048 in the head.
 """
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
@@ -82,19 +82,19 @@ def add_recipe(parser):
         ("--warmup", SHARE, 0.0,
          "share of all steps in which the learning rate rises linearly [MoCo CIFAR demo]"),
         ("--tau", RATE, 0.1, "temperature [MoCo CIFAR demo]"),
-        ("--m", FRACTION, 0.99, "of Eq. 2 [MoCo CIFAR demo]"),
+        ("--m", FRACTION, 0.99, "share of f_k kept in a step, Eq. 2 [MoCo CIFAR demo]"),
         ("--queue", COUNT, 4096, "keys K [MoCo CIFAR demo]"),
         ("--proj-layers", COUNT, 2,
          "layers of the head: v1 has 1, v2 has 2 [MoCo v2 Sec. 3]"),
         ("--symmetric", bool, True,
-         "use each view as query once: better, at twice the cost of a step [MoCo CIFAR demo]"),
+         "use each view as query once: better, at twice the cost [MoCo demo's option]"),
         ("--bn-splits", COUNT, 8,
-         "parts of a batch with batch statistics of their own [MoCo CIFAR demo]"),
+         "parts of a whole batch that have batch norms of their own [MoCo CIFAR demo]"),
     ])
 
 
 def check_recipe(args, count=None):
-    """Exit with a one-line error if flags contradict each other or count, the images."""
+    """Exit with a one-line error if flags do not fit each other or the number of images."""
     world = processes()[1]
     splits = max(1, args.bn_splits // world) * world
     if args.batch_size % splits or args.batch_size == splits:
@@ -106,7 +106,7 @@ def check_recipe(args, count=None):
 
 # =================== 2. Views (method) ===================
 def augment(x, args, generator=None):
-    """Two views of every image, with blur only above 64 pixels [MoCo CIFAR demo].
+    """Two views of every image [MoCo CIFAR demo]; above 64 pixels with blur [MoCo v2].
 
     x: (N, 3, H, W) uint8; args is not used here
     Returns [x1, x2], each (N, 3, W, W) float32 in [0, 1].
@@ -149,7 +149,7 @@ def momentum_update(f, f_k, m):
 def enqueue(queue, ptr, k):
     """Write keys over the oldest rows of the queue, in place; return the new pointer.
 
-    queue: (K, D); ptr: its oldest row; k: (N, D), normalised here
+    queue: (K, D); ptr: the index of its oldest row; k: (N, D), normalised here
     """
     new = F.normalize(k.float(), dim=1)[-len(queue):]
     row = ptr + len(k) - len(new) + torch.arange(len(new), device=queue.device)
@@ -192,7 +192,7 @@ class Model(nn.Module):
     2, 3, ... times as many images as splits
     """
 
-    sync_bn = False  # statistics of the whole batch would reveal the positive [Sec. 3.3]
+    sync_bn = False  # common statistics would let a query find its key [Sec. 3.3]
 
     def __init__(self, base_encoder, args):
         super().__init__()
@@ -225,7 +225,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def key(self, x):
-        """Keys of x, computed in an order drawn over all processes: ShuffleBN, Sec. 3.3."""
+        """Keys of x, batch-normalised among other images than queries: ShuffleBN, Sec. 3.3."""
         views, (rank, world, _) = gather(x), processes()
         # torch.compile of torch 2.11 cannot compile randperm.
         order = torch.rand(len(views), device=x.device).argsort()

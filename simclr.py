@@ -22,8 +22,8 @@ softmax over the 2B - 1 other views, in which the image's other view is the righ
                log(2B - 1) for a network that cannot tell views apart
 
 Differences from the paper:
-- Colour strengths are drawn per image, but the order of the four operations once per view
-  and batch, so that each operation is one call for the whole batch.
+- Colour strengths are drawn per image, but the order of brightness, contrast, saturation
+  and hue once per view and batch, so that each is one call for the whole batch.
 - Crops are not antialiased.
 - The recipe is the best published one for ResNet-18 on CIFAR-10, dkobak/simclr-cifar10 on
   GitHub: SGD without warmup that decays all parameters, instead of LARS; each view passes

@@ -23,8 +23,8 @@ one point (--no-stop-gradient shows the collapse).
                0 for unrelated outputs, -1 for perfect predictions, as in a collapse
 
 Differences from the paper:
-- Colour strengths are drawn per image, but the order of the four operations once per view
-  and batch, so that each operation is one call for the whole batch.
+- Colour strengths are drawn per image, but the order of brightness, contrast, saturation
+  and hue once per view and batch, so that each is one call for the whole batch.
 - The learning rate changes at every step, not every epoch. Crops are not antialiased.
 - The projector's last batch norm has no scale and shift, as in the authors' builder.py.
 - 200 epochs, not 800; twice the learning rate, linear warmup for f and g, constant rate
