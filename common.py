@@ -166,7 +166,7 @@ def _load_folder(root, size, cache_dir, skip_broken):
     if broken and not skip_broken:
         raise UserError(
             f"cannot read {len(broken)} of {len(files)} images: --skip-broken leaves them out, "
-            f"--max-pixels N allows large ones, delete decoded-* to try again: {', '.join(broken)}")
+            f"--max-pixels N allows large ones; delete decoded-* to try again: {', '.join(broken)}")
     if broken:
         say(f"left out {len(broken)} images that cannot be read: {', '.join(broken)}")
     # Rows of readable files come first: train's, then test's. Empty rows follow.
@@ -531,7 +531,7 @@ def all_tensors(value, name=""):
 def load_weights(path, prefix=""):
     """Read a checkpoint and find its ResNet, with torchvision's or numbered names.
 
-    prefix: the text before the backbone's names, or the end of that; with its final dot
+    prefix: the text before the backbone's names, or the end of it, with the final dot
     Returns the backbone's weights under torchvision's names, the whole file as a dict,
     and the names of all other tensors in it. Raises UserError if no single backbone fits.
     """

@@ -18,8 +18,8 @@ common.py and simsiam.py beside it, and for --head-layers the method's own file.
 Accuracies are percentages over all test images after the last epoch: top1, top5, and
 `balanced`, the mean of the classes' top1. They never select an epoch or a setting. kNN
 and pictures show the backbone before --mode trains it (random weights in scratch mode);
-an export is written after. Without a test split, a fifth of each class's images, at least
-one image, is held out as one.
+an export is written after. Without a test split, a fifth of each class's images, but at
+least one, is held out to test on.
 
 Differences from the papers: a batch norm without scale and shift stands before the
 classifier [MAE App. A]. A student is trained by SGD for 100 epochs, not by LARS for 400
@@ -88,7 +88,7 @@ FLAGS = [  # name, type or choices, default, meaning
     ("--cache-dir", file_path, None,
      "where decoded images are kept; None: the checkpoint's, or --data-dir"),
     ("--skip-broken", bool, None, "leave out files that cannot be read; None: as in training"),
-    ("--max-pixels", COUNT, None, "refuse larger images; None: as in training"),
+    ("--max-pixels", COUNT, None, "refuse larger images; None: as in training, or 179 million"),
     ("--image-size", within(int, 8, 4096), None, "pixels; None: the checkpoint's"),
     # Network, where it differs from the checkpoint's
     ("--arch", tuple(ARCHS), None, "backbone; None: the checkpoint's, or resnet18"),
@@ -167,6 +167,7 @@ def read_as(args, weights, saved, trained):
     saved, trained: our checkpoint and its run's flags; both {} for other weights
     """
     kernel = weights["conv1.weight"].shape[2]
+    # Without a layer4, any width will do: fill_backbone refuses the weights.
     channels = len(weights.get("layer4.0.conv1.weight", range(512)))
     about = {
         "arch": args.arch or trained.get("arch", "resnet18"),
