@@ -159,7 +159,7 @@ def enqueue(queue, ptr, k):
 
 # =================== 4. Model (method) ===================
 class SplitBatchNorm2d(nn.modules.batchnorm._NormBase):
-    """A batch norm over `splits` interleaved parts of a batch, with their own statistics.
+    """A batch norm over `splits` equal parts of a batch, each with its own statistics.
 
     norm: an affine BatchNorm2d, whose settings and weights it takes [MoCo CIFAR demo]
     It is no BatchNorm2d itself, so that SyncBatchNorm's conversion leaves it alone.
@@ -171,17 +171,16 @@ class SplitBatchNorm2d(nn.modules.batchnorm._NormBase):
         self.splits = splits
 
     def forward(self, x):
-        c = x.shape[1]
         splits = self.splits if self.training else 1
         mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
         # The channels of a part become channels of their own.
+        parts = torch.cat(x.chunk(splits), dim=1)
         parts = F.batch_norm(
-            x.reshape(-1, c * splits, *x.shape[2:]), mean, var,
-            self.weight.repeat(splits), self.bias.repeat(splits),
+            parts, mean, var, self.weight.repeat(splits), self.bias.repeat(splits),
             self.training, self.momentum, self.eps)
-        self.running_mean.copy_(mean.view(splits, c).mean(0))
-        self.running_var.copy_(var.view(splits, c).mean(0))
-        return parts.view(x.shape).contiguous(memory_format=torch.channels_last)
+        self.running_mean.copy_(mean.view(splits, -1).mean(0))
+        self.running_var.copy_(var.view(splits, -1).mean(0))
+        return torch.cat(parts.chunk(splits, dim=1))
 
 
 class Model(nn.Module):

@@ -237,8 +237,8 @@ def test_a_key_shares_statistics_with_other_images_than_its_query(monkeypatch):
     """ShuffleBN on one GPU; the network computes keys of the batch in another order."""
     model, x = build(moco, "--bn-splits", "4"), random_views(1)[0]
     x.requires_grad_()
-    assert depends_on(model.f(x), x) == {0, 4}  # part 0 of 4: images 0 and 4
-    order = torch.tensor([1.0, 0, 2, 3, 4, 6, 5, 7])
+    assert depends_on(model.f(x), x) == {0, 1}  # part 0 of 4: images 0 and 1
+    order = torch.tensor([0.0, 6, 2, 3, 4, 5, 1, 7])
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", lambda n, device=None: order)
         key = moco.Model.key.__wrapped__(model, x)  # with gradient
@@ -268,10 +268,10 @@ def random_batch_norm():
 def test_split_batch_norm_equals_batch_norm_of_each_part():
     whole, x = random_batch_norm(), torch.randn(16, 6, 5, 5)
     ours = moco.SplitBatchNorm2d(whole, 4)
-    out, parts = ours(x), []
-    for i in range(4):
+    parts = []
+    for out, images in zip(ours(x).chunk(4), x.chunk(4)):
         part = copy.deepcopy(whole)
-        assert torch.allclose(out[i::4], part(x[i::4]), atol=1e-5)
+        assert torch.allclose(out, part(images), atol=1e-5)
         parts.append(part)
     for name in ("running_mean", "running_var"):
         mean = torch.stack([getattr(part, name) for part in parts]).mean(0)
@@ -282,8 +282,15 @@ def test_split_batch_norm_equals_batch_norm_of_each_part():
 
 def test_split_batch_norm_refuses_parts_of_different_sizes():
     norm = moco.SplitBatchNorm2d(nn.BatchNorm2d(6), 4)
-    with pytest.raises(RuntimeError):
-        norm(torch.randn(14, 6, 5, 5))
+    for images in (6, 9, 14):  # 6 and 9 images make three equal parts, not four
+        with pytest.raises(RuntimeError):
+            norm(torch.randn(images, 6, 5, 5))
+
+
+def test_split_batch_norm_keeps_channels_last():
+    norm, x = moco.SplitBatchNorm2d(nn.BatchNorm2d(6), 4), torch.randn(16, 6, 5, 5)
+    out = norm(x.to(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 class BatchNormWithActivation(nn.BatchNorm2d):
