@@ -124,7 +124,7 @@ def _load_shapes(size):
 
 def _load_cifar(name, data_dir, size):
     """Load CIFAR-10 or CIFAR-100 with torchvision, which downloads missing files."""
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    kind = getattr(datasets, name.upper())  # CIFAR10 or CIFAR100
     if data_dir.name == kind.base_folder:
         data_dir = data_dir.parent  # the extracted folder itself was given
     parts = []
@@ -221,7 +221,8 @@ def sort_images(root, files):
     for file in files:
         folders = file.relative_to(root).parts[:-1]
         if not has_split:
-            if folders[1:2] == ("train",):  # else its test images would be trained on
+            # Without this, its test images would be trained on.
+            if "".join(folders[1:2]).lower() == "train":
                 raise UserError(f"{root / folders[0]} has a train/: give that as --data-dir")
             folders = ("train", *folders)
         split, name = (*folders, "", "")[:2]

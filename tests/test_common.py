@@ -548,9 +548,10 @@ def test_an_image_keeps_the_label_of_its_folder(tmp_path):
         assert image.equal(common.read_image(file, 8))
 
 
-def test_a_data_set_one_level_too_deep_is_refused(tmp_path):
+@pytest.mark.parametrize("train, test", [("train", "test"), ("Train", "Test")])
+def test_a_data_set_one_level_too_deep_is_refused(tmp_path, train, test):
     """Else its test images would be trained on."""
-    put(tmp_path, "cub/train/a/0.png", "cub/train/b/0.png", "cub/test/a/0.png", "cub/test/b/0.png")
+    put(tmp_path, *[f"cub/{split}/{name}/0.png" for split in (train, test) for name in "ab"])
     message = refusal(loaded, tmp_path)
     assert str(tmp_path / "cub") in message and "--data-dir" in message
     assert loaded(tmp_path / "cub") == (2, 2)
