@@ -53,7 +53,8 @@ def test_tables_and_figures_are_what_the_logs_say(tmp_path, monkeypatch):
     assert "earlier defaults" not in row and "66.7" not in row
     arm = copy / "tests/reference/ablations/logo_weights/simsiam_logo_f30_seed0.jsonl"
     shutil.copy(arm, arm.with_name("simsiam_logo_edit_seed0.jsonl"))  # by the same command
-    arm.with_name("simsiam_logo_edit.patch").touch()
+    (arm.parent / "patches").mkdir()
+    (arm.parent / "patches/simsiam_logo_edit.patch").touch()
     report.main([])
     rows = [line for line in (copy / made[1]).read_text().splitlines() if "f30_seed0" in line
             or "edit_seed0" in line]
