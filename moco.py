@@ -14,22 +14,24 @@ batches, which are kept in a queue. Keys come from a slowly moving copy of the n
 that old keys stay comparable with new ones.
 
     x1, x2   (B, 3, H, W)  two random views of a batch of B images
-    f        backbone      f(x) is kept after training, (B, 512) for ResNet-18
-    g        head          query q = g(f(x)), (B, 128); key k = g_k(f_k(x)), a constant
+    f        backbone      f(x) is (B, 512) for ResNet-18; f is kept after training
+    g        head          query q = g(f(x)), (B, 128); key k = g_k(f_k(x)), no gradient
     queue    (K, 128)      the last K keys, the negatives; unit vectors, random at first
     tau      temperature   of the softmax
     l(q, k)  = -log( exp(q . k / tau) / (exp(q . k / tau) + sum_i exp(q . queue_i / tau)) )  (1)
     theta_k  = m theta_k + (1 - m) theta_q: f_k, g_k follow f, g after every step           (2)
-    L        = l(q1, k2) + l(q2, k1), or l(q1, k2) with --no-symmetric; |q| = |k| = 1
+    L        = l(q1, k2) + l(q2, k1), or l(q1, k2) with --no-symmetric
                2 log(K + 1), or log(K + 1), if the network cannot tell images apart
+               (the loss first scales q and k to length 1)
 
 Differences from the paper:
 - Colour strengths are drawn per image, but the order of brightness, contrast, saturation
   and hue once per view and batch, so that each is one call for the whole batch.
 - The learning rate changes at every step, not every epoch. Crops are not antialiased.
-- The recipe is the demo's with its symmetric loss, a sum, and both views' keys enter the
-  queue after both losses. Eight parts of the batch, with batch norms of their own, stand
-  for the paper's eight GPUs. Only the head differs: the demo's is one linear layer.
+- The recipe is that of the authors' CIFAR demo, with its option of a symmetric loss: the
+  sum over both views, whose keys enter the queue after it. Eight parts of the batch, each
+  normalised by its own statistics, stand for the paper's eight GPUs. Of the network only
+  the head differs: the demo's is one linear layer.
 - The defaults are for CIFAR. For ImageNet, MoCo v2 has crops of at least 0.2 of the area,
   tau 0.2, m 0.999, weight decay 1e-4, K 65536 and a hidden layer of 2048 in the head.
 """
@@ -89,7 +91,7 @@ def add_recipe(parser):
         ("--symmetric", bool, True,
          "use each view as query once: better, at twice the cost [MoCo demo's option]"),
         ("--bn-splits", COUNT, 8,
-         "parts of a whole batch that have batch norms of their own [MoCo CIFAR demo]"),
+         "parts of a batch, each normalised by its own statistics [MoCo CIFAR demo]"),
     ])
 
 
@@ -173,7 +175,7 @@ class SplitBatchNorm2d(nn.modules.batchnorm._NormBase):
     def forward(self, x):
         splits = self.splits if self.training else 1
         mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
-        # The channels of a part become channels of their own.
+        # Stack the parts as channels: one call normalises each apart.
         parts = torch.cat(x.chunk(splits), dim=1)
         parts = F.batch_norm(
             parts, mean, var, self.weight.repeat(splits), self.bias.repeat(splits),
@@ -187,8 +189,8 @@ class Model(nn.Module):
     """The networks f and g, their slow copies f_k and g_k, and the queue.
 
     base_encoder: a function that returns a backbone: images to (B, backbone.num_features)
-    args: any object with `proj_layers`, `queue`, `symmetric` and `bn_splits`; a batch has
-    2, 3, ... times as many images as splits
+    args: any object with `proj_layers`, `queue`, `symmetric` and `bn_splits`; a batch must
+    have 2, 3, ... times as many images as splits
     """
 
     sync_bn = False  # common statistics would let a query find its key [Sec. 3.3]
@@ -224,7 +226,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def key(self, x):
-        """Keys of x, batch-normalised among other images than the queries [ShuffleBN, Sec. 3.3]."""
+        """Keys of x; a shuffle gives them other parts than their queries [ShuffleBN, Sec. 3.3]."""
         views, (rank, world, _) = gather(x), processes()
         # torch.compile of torch 2.11 cannot compile randperm.
         order = torch.rand(len(views), device=x.device).argsort()

@@ -13,13 +13,14 @@ The two views of an image must find each other among all views of the batch. The
 softmax over the 2B - 1 other views, in which the image's other view is the right class.
 
     x1, x2   (B, 3, H, W)  two random views of a batch of B images
-    f        backbone      f(x) is kept after training, (B, 512) for ResNet-18;
-                           the paper calls it h
+    f        backbone      f(x) is (B, 512) for ResNet-18; f is kept after training;
+                           the paper calls f(x) h
     g        projector     z = g(f(x)), (B, 128)
     tau      temperature   of the softmax
     l(i, j)  = -log( exp(z_i . z_j / tau) / sum_{k != i} exp(z_i . z_k / tau) )        (1)
-    L        = mean of l(i, j) over all 2B views i, j the other view of i's image; |z| = 1
+    L        = mean of l(i, j) over all 2B views i, j the other view of i's image
                log(2B - 1) for a network that cannot tell views apart
+               (the loss first scales each z to length 1)
 
 Differences from the paper:
 - Colour strengths are drawn per image, but the order of brightness, contrast, saturation

@@ -15,7 +15,7 @@ momentum encoder. The predictor and the stop-gradient keep the outputs from coll
 one point (--no-stop-gradient shows the collapse).
 
     x1, x2   (B, 3, H, W)  two random views of a batch of B images
-    f        backbone      f(x) is kept after training, (B, 512) for ResNet-18
+    f        backbone      f(x) is (B, 512) for ResNet-18; f is kept after training
     g        projector     z = g(f(x)), (B, 2048); SimSiam's f is our g(f(.))
     h        predictor     p = h(z), (B, 2048)
     D(p, z)  = -(p / |p|) . (stopgrad(z) / |z|), in [-1, 1]        (SimSiam Eq. 1 and 3)

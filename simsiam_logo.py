@@ -17,7 +17,7 @@ images, and the encoder lowers the affinity of the pair.
 
     xg1, xg2 (B, 3, H, W)  two global views of a batch of B images
     xl1, xl2 (B, 3, ., .)  two local views of them, smaller for images above 64 pixels
-    f        backbone      f(x) is kept after training, (B, 512) for ResNet-18
+    f        backbone      f(x) is (B, 512) for ResNet-18; f is kept after training
     g        projector     z = g(f(x)), (B, 2048); SimSiam's f is our g(f(.))
     h        predictor     p = h(z), (B, 2048); zg, zl, pg, pl: of global, of local views
     affinity (zl1, zl2)    a logit (B,): are they local views of one image?
