@@ -28,9 +28,9 @@ Differences from the paper:
 - Colour strengths are drawn per image, but the order of brightness, contrast, saturation
   and hue once per view and batch, so that each is one call for the whole batch.
 - The learning rate changes at every step, not every epoch. Crops are not antialiased.
-- The recipe is the authors' CIFAR demo's, with its option of a symmetric loss: the sum over
-  both views, whose keys enter the queue after it. Eight parts of the batch, each normalised
-  by its own statistics, stand for eight GPUs. The demo's head is one linear layer.
+- The recipe is the authors' CIFAR demo's, with its option of a symmetric loss: the sum
+  over both views, whose keys enter the queue after it. Eight parts of the batch, each
+  normalised by its own statistics, stand for eight GPUs. The demo's head has one layer.
 - The defaults are for CIFAR. For ImageNet, MoCo v2 has crops of at least 0.2 of the area,
   tau 0.2, m 0.999, weight decay 1e-4, K 65536 and a hidden layer of 2048 in the head.
 """
@@ -188,8 +188,8 @@ class Model(nn.Module):
     """The networks f and g, their slow copies f_k and g_k, and the queue.
 
     base_encoder: a function that returns a backbone: images to (B, backbone.num_features)
-    args: any object with `proj_layers`, `queue`, `symmetric` and `bn_splits`; a batch must
-    have 2, 3, ... times as many images as splits
+    args: any object with `proj_layers`, `queue`, `symmetric` and `bn_splits`; a batch
+    must have 2, 3, ... times as many images as splits
     """
 
     sync_bn = False  # common statistics would let a query find its key [Sec. 3.3]
