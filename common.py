@@ -124,7 +124,7 @@ def _load_shapes(size):
 
 def _load_cifar(name, data_dir, size):
     """Load CIFAR-10 or CIFAR-100 with torchvision, which downloads missing files."""
-    kind = getattr(datasets, name.upper())  # CIFAR10 or CIFAR100
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if data_dir.name == kind.base_folder:
         data_dir = data_dir.parent  # the extracted folder itself was given
     parts = []
@@ -152,8 +152,7 @@ def _load_folder(root, size, cache_dir, skip_broken):
     if not train:
         raise UserError(f"no images to train on in {root}")
     size = size or common_side(found)
-    left_out["images without a class or in an unused split"] = (
-        len(found) - len(train) - len(test))
+    left_out["images without a class or in an unused split"] = len(found) - len(train) - len(test)
     say(f"{root}: {len(train)} images to train on, {len(test)} to test on ({test_split}), "
         f"{len(classes)} classes ({', '.join(classes[:10])}), {size} pixels; "
         f"left out: {dict(+left_out)}")
@@ -222,7 +221,7 @@ def sort_images(root, files):
         folders = file.relative_to(root).parts[:-1]
         if not has_split:
             # Without this, its test images would be trained on.
-            if "".join(folders[1:2]).lower() == "train":
+            if "train" in map(str.lower, folders[1:2]):
                 raise UserError(f"{root / folders[0]} has a train/: give that as --data-dir")
             folders = ("train", *folders)
         split, name = (*folders, "", "")[:2]
@@ -239,7 +238,7 @@ def sort_images(root, files):
 
     reason = "no split"
     for name in TEST_SPLITS:
-        tested = {class_name for class_name in tree[name] if class_name}
+        tested = set(tree[name]) - {""}
         if tested and tested.issubset(classes):
             return label(train), label(tree[name]), classes, name
         if tested:
@@ -374,8 +373,8 @@ def draw_shapes(count, size=32, seed=0):
     sin, pi, maximum = torch.sin, torch.pi, torch.maximum
 
     def uniform(low, high, channels=1, pixels=1):
-        shape = (count, channels, pixels, pixels)
-        return low + (high - low) * torch.rand(shape, generator=generator)
+        drawn = torch.rand(count, channels, pixels, pixels, generator=generator)
+        return low + (high - low) * drawn
 
     labels = torch.randperm(count, generator=generator) % len(SHAPES)
     grid = torch.linspace(-1, 1, size)
