@@ -1,11 +1,13 @@
 """MoCo: self-supervised learning by telling an image's key from the keys of a queue.
 
-These defaults (CIFAR-10, ResNet-18, 200 epochs, one GPU) are not measured yet. The authors'
-CIFAR-10 demo has 85.3 % kNN accuracy (of g's output), the library lightly 84.7 %.
+With --epochs 12 --width 0.25, kNN accuracy on CIFAR-10 is 53.9 % after 2.2 hours on a CPU.
+The defaults, 200 epochs on a GPU, are not measured yet.
+For 200 epochs the authors' demo has 85.3 % (of g's output), the library lightly 84.7 %
+(of the best epoch).
 
-Reference implementation, to be read, diffed and copied (with common.py), of "Momentum
-Contrast for Unsupervised Visual Representation Learning", He et al., CVPR 2020, arXiv
-1911.05722, with the head of MoCo v2, arXiv 2003.04297 (v1's: --proj-layers 1).
+Reference implementation, to be read, diffed and copied (with common.py), of
+"Momentum Contrast for Unsupervised Visual Representation Learning", He et al., CVPR 2020,
+arXiv 1911.05722, with the head of MoCo v2, arXiv 2003.04297 (v1's: --proj-layers 1).
 
     python moco.py --epochs 200 --batch-size 512
 

@@ -1,11 +1,13 @@
 """SimCLR: self-supervised learning by finding an image's other view among all views.
 
-These defaults (CIFAR-10, ResNet-18, 200 epochs, one GPU) are not measured yet. The library
-lightly reports 82.8 and 84.8 % kNN accuracy, by another recipe.
+With --epochs 12 --width 0.25, kNN accuracy on CIFAR-10 is 50.1 % after 2.4 hours on a CPU.
+The defaults, 200 epochs on a GPU, are not measured yet.
+For 200 epochs the library lightly reports 82.8 and 84.8 %, of the best epoch, by another
+recipe.
 
-Reference implementation, to be read, diffed and copied (with common.py), of "A Simple
-Framework for Contrastive Learning of Visual Representations", Chen et al., ICML 2020,
-arXiv 2002.05709; the deeper head of SimCLR v2, arXiv 2006.10029, by --proj-layers 3.
+Reference implementation, to be read, diffed and copied (with common.py), of
+"A Simple Framework for Contrastive Learning of Visual Representations", Chen et al., ICML
+2020, arXiv 2002.05709; the deeper head of SimCLR v2, arXiv 2006.10029, by --proj-layers 3.
 
     python simclr.py --epochs 200 --batch-size 512
 

@@ -233,8 +233,8 @@ def speed(name):
 
 def tables():
     """README's two tables of the methods: one CPU core, and one GPU."""
-    out = ["One CPU core, 1.2 million views (12 epochs; 6 of LoGo, which takes four views of an\n"
-           "image), a quarter of the channels, batch size 512, fp32:", "",
+    out = ["One CPU, 1.2 million views (12 epochs; 6 of LoGo, which takes four views of an\n"
+           "image), a quarter of the channels, batch size 512, fp32; views/s of one core:", "",
            "| method | kNN | kNN, lightly | views/s: here, lightly |",
            "|---|---|---|---|"]
     for name, facts in PUBLISHED.items():

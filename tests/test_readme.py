@@ -95,6 +95,20 @@ def test_runs_of_the_cpu_plan_fill_the_first_table_and_the_figure(tmp_path, monk
     assert ">0.4</text>" in drawn  # 2 epochs of 4 views of 50,000 images are 0.4 million
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_begins_with_its_result_on_a_cpu(name):
+    """Its first lines say what the log of seed 0 says."""
+    begins = (ROOT / f"{name}.py").read_text().splitlines()[:10]
+    said = re.search(
+        r"--epochs (\S+) --width (\S+), kNN accuracy on CIFAR-10 is (\S+) % after (\S+) hours on a "
+        "CPU", " ".join(begins))
+    header, epochs = report.read(ROOT / f"tests/reference/cpu/{name}_seed0.jsonl")
+    assert epochs[-1]["epoch"] == header["args"]["epochs"] == int(said[1])
+    assert header["args"]["width"] == float(said[2])
+    assert f"{report.last(epochs):.1f}" == said[3]
+    assert f"{report.minutes(epochs) / 60:.1f}" == said[4]
+
+
 @pytest.mark.parametrize("most, expected", [
     (12, [0, 2, 4]),
     (200, [0, 50])])
