@@ -3,8 +3,8 @@
 With --epochs 12 --width 0.25, kNN accuracy on CIFAR-10 is 40.0 % after 2.9 hours on a CPU.
 The defaults, 200 epochs on a GPU, are not measured yet.
 After 200 epochs, earlier defaults (see README) reached 76.0 % on a JPEG copy of CIFAR-10,
-in 6 minutes of training on an H100. Two tables of the library lightly have
-76.4 and 81.7 %.
+in 6 minutes of training on an H100. Two tables of the library lightly have 76.4 and
+81.7 %.
 
 Reference implementation, to be read, diffed and copied (with common.py), of
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021, arXiv

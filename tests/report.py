@@ -264,7 +264,7 @@ def tables():
 def svg(curves, title):
     """Curves (label, color, [(x, kNN)], dashed) as plain SVG, which a phone can show, too."""
     left, right, top, bottom, width = 34, 420, 34, 270, 440
-    height = bottom + 30 + 20 * math.ceil(len(curves) / 2)
+    height = bottom + 30 + 20 * len(curves)
     most = max(x for _, _, points, _ in curves for x, _ in points)
     values = [knn for _, _, points, _ in curves for _, knn in points]
     low = 10 * math.floor(min(values) / 10)
@@ -293,8 +293,8 @@ def svg(curves, title):
         look = f'stroke="{color}" stroke-width="2"{dash}'
         out.append(f'<polyline points="{path}" fill="none" {look}/>')
         out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
-        # The legend is below: two columns, a short line and a name each.
-        x, y = 4 + 218 * (number % 2), bottom + 40 + 20 * (number // 2)
+        # The legend is below: a short line and a name each.
+        x, y = 4, bottom + 40 + 20 * number
         out += [f'<line x1="{x}" y1="{y - 4}" x2="{x + 22}" y2="{y - 4}" {look}/>',
                 f'<text x="{x + 28}" y="{y}">{escape(label)} {points[-1][1]:.1f}</text>']
     return "\n".join([*out, "</svg>", ""])
