@@ -92,7 +92,7 @@ def add_recipe(parser):
         ("--symmetric", bool, True,
          "use each view as query once: better, at twice the cost [MoCo demo's option]"),
         ("--bn-splits", COUNT, 8,
-         "parts of a batch, each normalised by its own statistics [MoCo CIFAR demo]"),
+         "parts of a whole batch, each normalised by its own statistics [MoCo CIFAR demo]"),
     ])
 
 
