@@ -81,8 +81,9 @@ def test_runs_of_the_cpu_plan_fill_the_first_table_and_the_figure(tmp_path, monk
     write_run(folder / "moco_seed0.jsonl", "moco", 4, 3, 40)
     write_run(folder / "simsiam_logo_seed0.jsonl", "simsiam_logo", 2, 2, 40)
     write_run(folder / "lightly_fastsiam_seed0.jsonl", "simsiam_logo", 2, 2, 30)
-    rows = {}
-    for row in report.tables().splitlines():
+    rows, tables = {}, report.tables()
+    assert "Before training, kNN is 38:" in tables  # the mean of epoch 0
+    for row in tables.splitlines():
         if row.startswith("| `"):
             rows[row.split("`")[1]] = row
     assert "| 45.0 (44.0-46.0), seed 0 1 | not run |" in rows["simclr.py"]
