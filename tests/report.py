@@ -235,9 +235,9 @@ def tables():
     """README's two tables of the methods: one CPU core, and one GPU."""
     logs = [read(path)[1] for path in (REFERENCE / "cpu").glob("*.jsonl")]
     untrained = statistics.mean(epochs[0]["knn"] for epochs in logs)
-    out = ["One CPU, 1.2 million views (12 epochs; 6 of LoGo, which takes four views of an image), a\n"
-           "quarter of the channels, batch size 512, fp32; views/s of one core. Before training, kNN "
-           f"is {untrained:.0f}:", "",
+    out = ["One CPU, 1.2 million views (12 epochs; 6 of LoGo, which takes four views of an "
+           "image), a\nquarter of the channels, batch size 512, fp32; views/s of one core. Before "
+           f"training, kNN is {untrained:.0f}:", "",
            "| method | kNN | kNN, lightly | views/s: here, lightly |",
            "|---|---|---|---|"]
     for name, facts in PUBLISHED.items():
