@@ -209,7 +209,9 @@ def cpu_cell(arm):
             seeds.append(path.stem.split("_seed")[1])
     if not ends:
         return "unfinished" if paths else "not run"
-    return f"{spread(ends)}, seed {' '.join(seeds)}"
+    if len(seeds) == 1:
+        return f"{spread(ends)}, seed {seeds[0]}"
+    return f"{spread(ends)}, mean of seeds {' and '.join(seeds)}"
 
 
 def speed(name):

@@ -86,7 +86,7 @@ def test_runs_of_the_cpu_plan_fill_the_first_table_and_the_figure(tmp_path, monk
     for row in tables.splitlines():
         if row.startswith("| `"):
             rows[row.split("`")[1]] = row
-    assert "| 45.0 (44.0-46.0), seed 0 1 | not run |" in rows["simclr.py"]
+    assert "| 45.0 (44.0-46.0), mean of seeds 0 and 1 | not run |" in rows["simclr.py"]
     assert "| unfinished | not run |" in rows["moco.py"]
     assert "| 42.0, seed 0 | 32.0, seed 0 (FastSiam) |" in rows["simsiam_logo.py"]
     drawn = report.figure()
